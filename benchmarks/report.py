@@ -1,0 +1,124 @@
+"""Results on paper: the digest of what was measured, and its JSON, Markdown and plot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from cuconv.measure import table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+
+def sources_digest(root: Path = ROOT) -> str:
+    """One sha256 over the files of cuda/ and cuconv/, in the order of their paths: path, zero, bytes, zero."""
+    files = sorted(
+        (file.relative_to(root).as_posix(), file)
+        for folder in ("cuda", "cuconv")
+        for file in (root / folder).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    )
+    digest = hashlib.sha256()
+    for path, file in files:
+        digest.update(path.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def best_peer(row: Row) -> tuple[str, float] | None:
+    """The fastest peer of a row, and its time."""
+    times = {name: ms for name, ms in row["peers"].items() if ms is not None}
+    return min(times.items(), key=lambda item: item[1]) if times else None
+
+
+def write(result: Result, folder: Path, name: str) -> None:
+    """<name>.json, .md and .png in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown(result), encoding="utf-8")
+    plot(result, folder / f"{name}.png")
+
+
+def markdown(result: Result) -> str:
+    """What was measured on what, and a table with a line a row."""
+    peers = list(dict.fromkeys(peer for row in result["rows"] for peer in row["peers"]))
+    header = ["case", "shape", "pass", "dtype", "layout", "kernel", "error", "floor ms", "ms", "% of floor"]
+    lines = [
+        [
+            row["case"],
+            row["shape"],
+            f"{row['op']} {row['pass']}",
+            row["dtype"],
+            row["layout"],
+            row["kernel"] or "-",
+            _number(row["error"], ".3f") if row["right"] else "WRONG",
+            _number(row["floor_ms"], ".4f"),
+            _number(row["ms"], ".4f"),
+            _number(row["percent_of_floor"], ".1f"),
+            *(_number(row["peers"].get(peer), ".4f") for peer in peers),
+        ]
+        for row in result["rows"]
+    ]
+    facts = "\n".join(f"- {name}: {value}" for name, value in result["versions"].items())
+    return (
+        f"# {result['device']}, {result['date']}\n\n"
+        f"A device-to-device copy reads and writes {result['copy_GBps']:.0f} GB/s. The floor is every input read once "
+        f"and every output written once at that rate; error is a fraction of the bound, of which 1 is still right.\n\n"
+        f"{facts}\n- sources: `{result['sources']}`\n\n"
+        f"{table([*header, *(f'{peer} ms' for peer in peers)], lines)}\n"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def plot(result: Result, path: Path) -> None:
+    """% of floor, a panel for every dtype that most cases have, beside that of the best peer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if row["percent_of_floor"] is not None]
+    labels = list(dict.fromkeys(map(_label, rows)))
+    dtypes = [
+        dtype
+        for dtype in dict.fromkeys(row["dtype"] for row in rows)
+        if 2 * sum(row["dtype"] == dtype for row in rows) > len(labels)
+    ]
+    width, height = 2 + 4.5 * max(1, len(dtypes)), 1.8 + 0.42 * len(labels)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, max(1, len(dtypes)), sharey=True, squeeze=False)[0]
+    for panel, dtype in zip(panels, dtypes, strict=False):
+        # Of every row: where it stands, its % of floor and the text at its end.
+        ours: list[tuple[float, float, str]] = []
+        best: list[tuple[float, float, str]] = []
+        for row in rows:
+            if row["dtype"] == dtype:
+                y, share = labels.index(_label(row)), row["percent_of_floor"]
+                ours.append((y - 0.2, share, f"{share:.0f}"))
+                if peer := best_peer(row):
+                    share = 100 * row["floor_ms"] / peer[1]
+                    best.append((y + 0.2, share, f"{share:.0f} {peer[0]}"))
+        for bars, color, label in ((ours, "#2a6fbb", "cuconv"), (best, "#b9bec5", "best peer")):
+            panel.barh([y for y, *_ in bars], [share for _, share, _ in bars], 0.38, color=color, label=label)
+            for y, share, text in bars:
+                panel.text(share + 1, y, text, va="center", fontsize=8, color="#333333")
+        panel.axvline(100, color="#888888", linewidth=0.8, linestyle=":")
+        panel.set(title=dtype, xlabel="% of floor", xlim=(0, 125), xticks=range(0, 101, 20))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.4, -0.6)
+    if dtypes:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"{result['device']}: longer is better, 100 is a copy of the same bytes", fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def _label(row: Row) -> str:
+    """The case, and what is not as usual."""
+    return " ".join([row["case"], *(row[key] for key in ("pass", "layout") if row[key] not in ("forward", "nchw"))])

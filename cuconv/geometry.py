@@ -1,0 +1,207 @@
+"""Conv2dGeometry: the shapes of one convolution, and every refusal of bad input.
+
+All arithmetic here is on Python integers, before anything is allocated, compiled or launched. The answers follow one
+rule: the wrong kind of thing is a TypeError, the right kind with an impossible value a ValueError, and each message
+names the argument, what was wanted and what was given.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# Rows and columns, padding included, are 32-bit integers in the kernels; offsets of elements are 64-bit.
+MAX_EXTENT = 2**31 - 1
+# Beyond the memory of any device: refused here, since an expanded view can name them without holding them.
+MAX_ELEMENTS = 2**40 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Conv2dGeometry:
+    """Shapes of one depthwise convolution: x (N, C, H, W), w (K, 1, R, S), y (N, K, P, Q), with K = C * multiplier.
+
+    Input row of output row p and kernel row r: ``p * stride[0] - padding[0][0] + r * dilation[0]``; columns likewise.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride: Pair
+    padding: Padding
+    dilation: Pair
+
+    @property
+    def multiplier(self) -> int:
+        return self.K // self.C
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return (self.K, 1, self.R, self.S)
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.K, self.P, self.Q)
+
+    @property
+    def x_size(self) -> int:
+        return self.N * self.C * self.H * self.W
+
+    @property
+    def y_size(self) -> int:
+        return self.N * self.K * self.P * self.Q
+
+    @property
+    def padded(self) -> bool:
+        """Whether any tap of any output can fall outside x."""
+        return self.padding != ((0, 0), (0, 0))
+
+
+def depthwise_geometry(
+    x: Any, w: Any, bias: Any = None, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+) -> Conv2dGeometry:
+    """The geometry of a depthwise convolution of arrays x and w.
+
+    Raises TypeError or ValueError, in words, for every input that has no such convolution.
+    """
+    dtype = check_dtype("x", x)
+    for name, array in (("w", w), ("bias", bias)):
+        if array is not None and check_dtype(name, array) != dtype:
+            raise TypeError(f"{name} must have x's dtype, {dtype}, and has {array.dtype}: cast one of them first")
+    stride = _pair("stride", stride, minimum=1)
+    dilation = _pair("dilation", dilation, minimum=1)
+    geometry = _depthwise_geometry(tuple(x.shape), tuple(w.shape), stride, _padding(padding), dilation)
+    if bias is not None and tuple(bias.shape) != (geometry.K,):
+        raise ValueError(
+            f"bias must have shape ({geometry.K},), one value for each output channel, and has {tuple(bias.shape)}"
+        )
+    return geometry
+
+
+def check_dtype(name: str, array: Any) -> str:
+    """The name of array's dtype, if it is one of DTYPES in the machine's byte order; a TypeError otherwise."""
+    dtype = array.dtype
+    if dtype.name not in DTYPES or not dtype.isnative:
+        order = "" if dtype.isnative else " in foreign byte order"
+        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, and is {dtype}{order}")
+    return str(dtype.name)
+
+
+def check_out(out: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Refuse an out= whose shape or dtype is not the result's, or whose elements share memory with each other."""
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have the result's shape, {shape}, and has {tuple(out.shape)}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have x's dtype, {dtype}, and has {out.dtype}")
+    reach = out.dtype.itemsize
+    for extent, step in sorted(zip(out.shape, out.strides, strict=True), key=lambda axis: abs(axis[1])):
+        if extent > 1 and out.size:
+            if abs(step) < reach:
+                raise ValueError(f"out must not overlap itself: its strides are {out.strides} for shape {out.shape}")
+            reach = abs(step) * (extent - 1) + reach
+
+
+@lru_cache(maxsize=4096)
+def _depthwise_geometry(
+    x_shape: tuple[int, ...], w_shape: tuple[int, ...], stride: Pair, padding: Padding | str, dilation: Pair
+) -> Conv2dGeometry:
+    if len(x_shape) != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), and has {len(x_shape)}: {x_shape}")
+    if len(w_shape) != 4:
+        raise ValueError(f"w must have 4 dimensions (C * multiplier, 1, R, S), and has {len(w_shape)}: {w_shape}")
+    N, C, H, W = x_shape
+    K, one, R, S = w_shape
+    if min(C, H, W) < 1:
+        raise ValueError(f"x must have at least one channel, row and column, and has shape {x_shape}")
+    if one != 1:
+        raise ValueError(f"w.shape[1] must be 1 for a depthwise convolution, and is {one}: {w_shape}")
+    if min(R, S) < 1:
+        raise ValueError(f"w must have at least one kernel row and column, and has shape {w_shape}")
+    if K < 1 or K % C:
+        raise ValueError(f"w.shape[0] must be a multiple of x's {C} channels, and is {K}")
+
+    padding = _resolve_padding(padding, (R, S), stride, dilation)
+    P = _output_extent("height", H, R, stride[0], padding[0], dilation[0])
+    Q = _output_extent("width", W, S, stride[1], padding[1], dilation[1])
+    for name, shape in (("x", x_shape), ("the result", (N, K, P, Q))):
+        elements = shape[0] * shape[1] * shape[2] * shape[3]
+        if elements > MAX_ELEMENTS:
+            raise ValueError(f"{name} must have fewer than 2**40 elements, and has {elements}: {shape}")
+    return Conv2dGeometry(N, C, H, W, K, R, S, P, Q, stride, padding, dilation)
+
+
+def _output_extent(name: str, extent: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
+    padded = extent + padding[0] + padding[1]
+    reach = dilation * (kernel - 1) + 1
+    if padded > MAX_EXTENT:
+        raise ValueError(f"the padded {name} must be below 2**31, and is {padded}")
+    if reach > padded:
+        raise ValueError(
+            f"the kernel must fit the padded input: along the {name} it reaches over {reach} elements "
+            f"({kernel} with dilation {dilation}), and the input has {padded} ({extent} padded by {padding})"
+        )
+    return (padded - reach) // stride + 1
+
+
+def _resolve_padding(padding: Padding | str, kernel: Pair, stride: Pair, dilation: Pair) -> Padding:
+    if padding == "valid":
+        return ((0, 0), (0, 0))
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f'padding "same" needs stride 1, and stride is {stride}: give the padding in numbers')
+        # An odd total puts the extra row or column last, as PyTorch and TensorFlow do.
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return ((total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2))
+    if isinstance(padding, str):
+        raise ValueError(f'padding must be "same", "valid" or numbers, and is {padding!r}')
+    return padding
+
+
+def _integer(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, and is {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a pair of them, and is {value!r}") from None
+    if not minimum <= number <= MAX_EXTENT:
+        raise ValueError(f"{name} must be at least {minimum} and below 2**31, and is {number}")
+    return number
+
+
+def _pair(name: str, value: Any, minimum: int) -> Pair:
+    if type(value) is int and minimum <= value <= MAX_EXTENT:
+        return (value, value)
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(
+                f"{name} must be an integer or a pair (rows, columns), and has {len(value)} entries: {value}"
+            )
+        return (_integer(name, value[0], minimum), _integer(name, value[1], minimum))
+    number = _integer(name, value, minimum)
+    return (number, number)
+
+
+def _padding(value: Any) -> Padding | str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(side, (tuple, list)) for side in value):
+        return (_pair("padding", value[0], 0), _pair("padding", value[1], 0))
+    rows, columns = _pair("padding", value, 0)
+    return ((rows, rows), (columns, columns))

@@ -1,0 +1,89 @@
+"""The door: whose array is this, asked without importing anyone."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def array_module(x: Any, **others: Any) -> ModuleType:
+    """The one module, numpy or cupy, that x and all other arrays belong to; optional arguments may be None.
+
+    Raises TypeError for anything that is not such an array, and for a mixture of the two.
+    """
+    owner = _owner("x", x)
+    for name, array in others.items():
+        if array is None and name in ("bias", "out"):
+            continue
+        other = _owner(name, array)
+        if other is not owner:
+            raise TypeError(
+                f"all arrays must live in one place: x is a {owner.__name__} array and {name} a {other.__name__} "
+                f"array; move one of them with cupy.asarray or cupy.asnumpy"
+            )
+    return owner
+
+
+def contiguous(array: Any) -> Any:
+    """The CuPy array itself where it is C-contiguous and aligned to its element, a copy otherwise."""
+    return array if is_contiguous(array) else array.copy("C")
+
+
+def is_contiguous(array: Any) -> bool:
+    """Whether a kernel can read or write the CuPy array as it lies."""
+    return bool(array.flags.c_contiguous) and array.data.ptr % array.dtype.itemsize == 0
+
+
+def _owner(name: str, array: Any) -> ModuleType:
+    # A cupy array can only exist once cupy is imported, so looking among the imported modules is enough.
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return cupy
+    if isinstance(array, np.ndarray):
+        return np
+    given = f"{type(array).__module__}.{type(array).__qualname__}"
+    raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, and is a {given}")
+
+
+def one_device(**arrays: Any) -> Any:
+    """The device that all given cupy arrays are on; a ValueError naming two that differ."""
+    first, device = "", None
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if device is None:
+            first, device = name, array.device
+        elif array.device.id != device.id:
+            raise ValueError(
+                f"all arrays must be on one device: {first} is on {device.id} and {name} on {array.device.id}"
+            )
+    return device
+
+
+def share_memory(a: Any, b: Any) -> bool:
+    """Whether any element of a is an element of b, exactly, for arrays of one module and one device."""
+    try:
+        return np.shares_memory(_ghost(a), _ghost(b), max_work=10**6)  # type: ignore[arg-type]  # NumPy's stub is too narrow
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Addresses:
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def _ghost(array: Any) -> np.ndarray[Any, Any]:
+    """A NumPy array at the same addresses, device addresses too: asked about, never read."""
+    pointer = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    interface = {
+        "version": 3,
+        "data": (pointer, True),
+        "shape": array.shape,
+        "strides": array.strides,
+        "typestr": f"|V{array.dtype.itemsize}",
+    }
+    return np.asarray(_Addresses(interface))

@@ -1,0 +1,350 @@
+"""How right a result is, and how fast a launch: one error bound and one clock, for tests, self-check and benchmarks.
+
+The sums here share nothing with reference.py, so that a mistake there is seen and not repeated.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .geometry import Conv2dGeometry
+
+Array = np.ndarray[Any, Any]
+
+# The error bound.
+
+# Of every dtype: its unit roundoff, and how far off a result too small to be normal may be. float16 and float64 keep
+# subnormals, and round them by half their spacing (of float64, whose half is no number, the whole). CuPy compiles with
+# -ftz=true, so float32 subnormals become zero, and with them bfloat16's, which have the same smallest normal number.
+_ROUNDING = {
+    "float16": (2.0**-11, 2.0**-25),
+    "bfloat16": (2.0**-8, 2.0**-126),
+    "float32": (2.0**-24, 2.0**-126),
+    "float64": (2.0**-53, 2.0**-1074),
+}
+
+
+def forward_error(y: Array, x: Array, w: Array, bias: Array | None, geometry: Conv2dGeometry) -> float:
+    """The largest error of a depthwise convolution's y, as a fraction of its bound: right is at most 1.
+
+    The bound is ``u_out*|ref| + (taps + 1) * u_acc * (|x| conv |w| + |bias|)``, with u_out and u_acc the unit roundoffs
+    of y's dtype and of the accumulator, float32 or for float64 itself. A NaN or an infinity that one has and the other
+    has not counts as infinitely wrong, and so does a y that is mostly zeros.
+
+    x (N, C, H, W), w (C*M, 1, R, S), bias (C*M,), y (N, C*M, P, Q): NumPy arrays of one dtype.
+    """
+    exact, magnitude = (_depthwise(x, w, bias, geometry, of) for of in (np.asarray, np.abs))
+    return _fraction_of_bound(y, exact, magnitude, geometry.R * geometry.S)
+
+
+def separable_error(
+    y: Array,
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    pointwise: Array,
+    pointwise_bias: Array | None,
+    geometry: Conv2dGeometry,
+) -> float:
+    """As forward_error, for a depthwise and then a pointwise convolution, of which nothing is rounded in between.
+
+    pointwise (K, C*M) and pointwise_bias (K,) may be some rows of the whole, as long as y has only their channels. The
+    length of a sum is that of both parts, one after the other.
+    """
+    exact, magnitude = (
+        np.einsum("kc,ncpq->nkpq", of(_wide(pointwise)), _depthwise(x, w, bias, geometry, of))
+        + (0 if pointwise_bias is None else of(_wide(pointwise_bias)).reshape(-1, 1, 1))
+        for of in (np.asarray, np.abs)
+    )
+    return _fraction_of_bound(y, exact, magnitude, geometry.R * geometry.S + geometry.K + 1)
+
+
+def _depthwise(x: Array, w: Array, bias: Array | None, g: Conv2dGeometry, of: Callable[[Array], Array]) -> Array:
+    """The convolution, unrounded, of the arrays as they are or of their magnitudes."""
+    windows = _windows(of(_wide(x)), g)
+    weights = of(_wide(w)).reshape(g.C, g.multiplier, g.R, g.S)
+    with np.errstate(all="ignore"):
+        y: Array = np.einsum("ncpqrs,cmrs->ncmpq", windows, weights).reshape(g.y_shape)
+        return y if bias is None else y + of(_wide(bias)).reshape(-1, 1, 1)
+
+
+def _wide(array: Array) -> Array:
+    """In float64; a float64 array, to have something to be judged by, in the widest float of the machine."""
+    return array.astype(np.longdouble if array.dtype == np.float64 else np.float64)
+
+
+def _windows(x: Array, g: Conv2dGeometry) -> Array:
+    """What every output sees, (N, C, P, Q, R, S), as a view of the padded x."""
+    padded = np.pad(x, ((0, 0), (0, 0), *g.padding))
+    reach = [(kernel - 1) * step + 1 for kernel, step in zip((g.R, g.S), g.dilation, strict=True)]
+    windows: Array = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
+    return windows[:, :, :: g.stride[0], :: g.stride[1], :: g.dilation[0], :: g.dilation[1]]
+
+
+def _fraction_of_bound(y: Array, exact: Array, magnitude: Array, taps: int) -> float:
+    if y.shape != exact.shape:
+        raise ValueError(f"y must have the result's shape, {exact.shape}, and has {y.shape}")
+    if not y.size:
+        return 0.0
+    unit, tiny = _ROUNDING[y.dtype.name]
+    sum_unit, sum_tiny = _ROUNDING["float64" if y.dtype == np.float64 else "float32"]
+    values = _wide(y)
+    with np.errstate(all="ignore"):
+        bound = unit * np.abs(exact) + tiny + (taps + 1) * (sum_unit * magnitude + sum_tiny)
+        error = np.abs(values - exact) / bound
+        # Equal infinities (an overflow too) and NaNs in the same place are right; any other is found below.
+        rounded = _wide(exact.astype(y.dtype))
+        error[(~np.isfinite(rounded) & (values == rounded)) | (np.isnan(values) & np.isnan(exact))] = 0
+        meant = np.abs(exact) > tiny / unit  # normal numbers
+        if np.any(meant) and np.mean(values[meant] == 0) > 0.5:
+            return float("inf")
+    return float("inf") if np.isnan(error).any() else float(error.max())
+
+
+# A large result, checked in part.
+
+
+def poison(y: Any) -> None:
+    """Fill a NumPy or CuPy array with NaNs that no arithmetic makes."""
+    bits = _bits(y)
+    bits[...] = _ones(bits)
+
+
+def unwritten(y: Any) -> bool:
+    """Whether any poison is left."""
+    bits = _bits(y)
+    return bool((bits == _ones(bits)).any())
+
+
+def _bits(array: Any) -> Any:
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def _ones(bits: Any) -> Any:
+    return bits.dtype.type(np.iinfo(bits.dtype).max)
+
+
+def slice_error(y: Any, x: Any, w: Any, bias: Any, geometry: Conv2dGeometry) -> float:
+    """forward_error of the first and the last image, at the first, two middle and the last input channels.
+
+    NumPy or CuPy arrays. y must have been poisoned before it was computed: all of it must have been written.
+    """
+    if unwritten(y):
+        return float("inf")
+    g, M = geometry, geometry.multiplier
+    images = sorted({0, g.N - 1})
+    channels = sorted({0, g.C // 3, g.C // 2, g.C - 1})
+    part = replace(g, N=len(images), C=len(channels), K=len(channels) * M)
+
+    def some(array: Any, width: int, rows: Iterable[int]) -> Array:
+        """Of every row, the slices of `width` that belong to the channels; fetched one by one, without a copy there."""
+        return np.stack(
+            [np.concatenate([_host(array[n, c * width : (c + 1) * width]) for c in channels]) for n in rows]
+        )
+
+    weights = some(w[np.newaxis], M, [0])[0]
+    biases = None if bias is None else some(bias[np.newaxis], M, [0])[0]
+    return forward_error(some(y, M, images), some(x, 1, images), weights, biases, part)
+
+
+def _host(array: Any) -> Array:
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+# Data.
+
+# A prime, so that neighbouring planes do not hold the same numbers.
+_RANDOM_PERIOD = 1_000_003
+
+
+def random_array(shape: Sequence[int], dtype: str, seed: int, module: ModuleType = np) -> Any:
+    """Standard normal numbers that repeat after a million, the same on every machine: a NumPy or a CuPy array.
+
+    On a GPU they are copied, not computed, which takes no library of random numbers and no arithmetic in dtype.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    period = _random_numbers(dtype, seed)
+    bits = module.asarray(_bits(period[: max(1, size)]))
+    repeated = module.empty((-(-size // bits.size), bits.size), bits.dtype)
+    repeated[...] = bits
+    return repeated.reshape(-1)[:size].view(period.dtype).reshape(shape)
+
+
+@lru_cache(maxsize=16)
+def _random_numbers(dtype: str, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal(_RANDOM_PERIOD).astype(numpy_dtype(dtype))
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of that name; bfloat16 is NumPy's once ml_dtypes is imported."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return dtype
+    return np.dtype(name)
+
+
+# Time.
+
+# Shorter launches than this cannot be told from the events around them.
+_SHORT_MS = 0.05
+_LAUNCHES_IN_GRAPH = 100
+_MOST_REPEATS, _FEWEST_REPEATS, _TOTAL_MS = 50, 7, 200.0
+
+Capture = Callable[[Callable[[], None]], Callable[[], Any]]
+
+
+def cupy_graph(record: Callable[[], None]) -> Callable[[], Any]:
+    """What `record` launches on CuPy's current stream, as one CUDA graph: call the result to launch it."""
+    import cupy
+
+    stream = cupy.cuda.get_current_stream()
+    stream.begin_capture()
+    try:
+        record()
+    finally:
+        graph = stream.end_capture()
+    launch: Callable[[], Any] = graph.launch
+    return launch
+
+
+class Timer:
+    """Times launches on a stream of its own: CUDA events, the L2 cache cold, medians.
+
+    Use it as a context, within which its stream is CuPy's current one. What is timed must be launched on that stream,
+    be it by CuPy or by another framework, and launch(i) must work on the i-th of `buffers` sets of inputs and outputs.
+    """
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._l2_bytes: int = cupy.cuda.Device().attributes["L2CacheSize"]
+        with self.stream:
+            # Writing it takes long enough, about 0.1 ms, for the host to queue the launch that follows.
+            self._flush = cupy.empty(max(2**29, 4 * self._l2_bytes) // 4, np.float32)
+
+    def __enter__(self) -> Timer:
+        self.stream.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stream.__exit__(*exception)
+
+    def buffers(self, bytes_of_launch: int) -> int:
+        """How many sets of buffers exceed the L2 cache four times."""
+        return -(-4 * self._l2_bytes // bytes_of_launch)
+
+    def ms(self, launch: Callable[[int], Any], buffers: int, capture: Capture = cupy_graph) -> float:
+        """The time of one launch.
+
+        A launch of 50 us or more is timed between two events, after the cache was filled with other data. Shorter ones
+        are captured, at least a hundred over all buffers in turn, in one CUDA graph, of whose time each has its part.
+        """
+        launch(0)
+        launch(buffers - 1)
+        milliseconds = self._median(launch, buffers, 3)
+        if milliseconds >= _SHORT_MS:
+            return self._median(launch, buffers, self._repeats(milliseconds))
+        launches = buffers * -(-_LAUNCHES_IN_GRAPH // buffers)
+
+        def record() -> None:
+            for i in range(launches):
+                launch(i % buffers)
+
+        replay = capture(record)
+        replay()
+        return self._median(lambda _: replay(), 1, self._repeats(milliseconds * launches)) / launches
+
+    @cached_property
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, read and written, of a device-to-device copy of 1.5 GiB; measured once."""
+        import cupy
+
+        source = random_array((3 * 2**27,), "float32", 0, cupy)
+        target = cupy.empty_like(source)
+
+        def copy(_: int) -> None:
+            target.data.copy_from_device_async(source.data, source.nbytes, self.stream)
+
+        return 2.0 * int(source.nbytes) / (self.ms(copy, 1) / 1000)
+
+    @staticmethod
+    def _repeats(milliseconds: float) -> int:
+        return min(_MOST_REPEATS, max(_FEWEST_REPEATS, int(_TOTAL_MS / milliseconds)))
+
+    def _median(self, launch: Callable[[int], Any], buffers: int, repeats: int) -> float:
+        """All launches are queued before the first is waited for, so that the GPU never waits for the host."""
+        import cupy
+
+        events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in range(repeats)]
+        for i, (start, stop) in enumerate(events):
+            self._flush.fill(1 + i)
+            start.record(self.stream)
+            launch(i % buffers)
+            stop.record(self.stream)
+        self.stream.synchronize()
+        times: list[float] = [cupy.cuda.get_elapsed_time(start, stop) for start, stop in events]
+        return statistics.median(times)
+
+
+def floor_ms(data_bytes: int, copy_bandwidth: float) -> float:
+    """The time that no kernel can beat: every input read once, every output written once, as fast as a copy does."""
+    return data_bytes / copy_bandwidth * 1000
+
+
+# The machine, and tables about it.
+
+
+def cupy_with_gpu() -> Any:
+    """The module cupy, where it is installed and has a GPU to run on; None otherwise."""
+    if importlib.util.find_spec("cupy") is None:
+        return None
+    import cupy
+
+    return cupy if cupy.cuda.is_available() else None
+
+
+def device_name() -> str:
+    """The current GPU in words."""
+    import cupy
+
+    device = cupy.cuda.Device()
+    name = cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
+    driver = cupy.cuda.runtime.driverGetVersion()
+    return (
+        f"{name}, sm_{device.compute_capability}, {device.attributes['MultiProcessorCount']} multiprocessors, "
+        f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}"
+    )
+
+
+def installed(package: str) -> str | None:
+    """What pip calls the package, and its version: no framework is imported to learn it."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    # CuPy's distributions are named after the version of CUDA that they are for.
+    distribution = next(iter(metadata.packages_distributions().get(package, ())), package)
+    try:
+        return f"{distribution} {metadata.version(distribution)}"
+    except metadata.PackageNotFoundError:
+        return package
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads as well on a terminal."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
+    )

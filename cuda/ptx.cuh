@@ -1,0 +1,120 @@
+// Every PTX instruction that the kernels use, each behind a function of its own.
+//
+// A kernel source that reaches hardware only through these functions also compiles as plain C++: the host-run
+// tests define CUCONV_HOST and supply functions of the same names (tests/hostcuda/).
+#pragma once
+
+using int64 = long long;
+using uint64 = unsigned long long;
+using uint32 = unsigned int;
+using uint16 = unsigned short;
+
+static_assert(sizeof(int64) == 8 && sizeof(uint64) == 8 && sizeof(uint32) == 4 && sizeof(uint16) == 2);
+
+#ifndef CUCONV_HOST
+
+// All of a block's dynamic shared memory, aligned for the copy engine and for 16-byte vectors.
+#define CUCONV_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace ptx {
+
+__device__ __forceinline__ float half_to_float(uint16 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+__device__ __forceinline__ uint16 float_to_half(float value) {
+  uint16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ __forceinline__ float bfloat16_to_float(uint16 bits) {
+  return __uint_as_float(static_cast<uint32>(bits) << 16);
+}
+
+__device__ __forceinline__ uint16 float_to_bfloat16(float value) {
+#if __CUDA_ARCH__ >= 800
+  uint16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#else
+  // sm_75 has no conversion: round to nearest even on the bits, and keep a NaN a NaN.
+  const uint32 bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<uint16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+
+__device__ __forceinline__ uint32 shared_address(const void* pointer) {
+  return static_cast<uint32>(__cvta_generic_to_shared(pointer));
+}
+
+#if __CUDA_ARCH__ >= 900
+
+// Makes a barrier that completes a phase after `arrivals` arrivals and the bytes that they announced, and shows it to
+// the copy engine.
+__device__ __forceinline__ void barrier_init(uint64* barrier, uint32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and announces that `bytes` bytes of bulk copies are to land before the phase completes.
+__device__ __forceinline__ void barrier_arrive_expect(uint64* barrier, uint32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Arrives without announcing bytes; what this thread wrote before is seen by those who wait.
+__device__ __forceinline__ void barrier_arrive(uint64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Waits for the phase of this parity: 0 for the first, 1 for the second, 0 for the third and so on.
+__device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Global to shared, `bytes` bytes, by the copy engine: both ends aligned to 16 bytes, the size a multiple of 16.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32 bytes, uint64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Shared to global, likewise. The shared bytes must stay as they are until bulk_store_wait_read says so.
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+
+// Closes the calling thread's group of bulk stores.
+__device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all of the calling thread's groups but the newest kGroups have read their shared memory.
+template <int kGroups>
+__device__ __forceinline__ void bulk_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroups) : "memory");
+}
+
+// Shows this thread's ordinary writes to shared memory to the copy engine; a block barrier must follow.
+__device__ __forceinline__ void fence_shared_for_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#endif  // sm_90
+
+}  // namespace ptx
+
+#endif  // CUCONV_HOST

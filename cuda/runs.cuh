@@ -1,0 +1,77 @@
+// Runs: contiguous pieces of a tensor that a block brings to shared memory and takes back by the copy engine (sm_90).
+//
+// The engine moves multiples of 16 bytes between 16-byte boundaries, and a run starts and ends at any element. So its
+// copy in shared memory lies as far from a boundary as the run itself does: everything between the boundaries goes in
+// one bulk copy, and the few elements before the first and behind the last one by one, by the lanes of one warp.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int kBulkAlignment = 16;
+constexpr int kWarp = 32;
+
+template <class T>
+struct MutableOf {
+  using type = T;
+};
+template <class T>
+struct MutableOf<const T> {
+  using type = T;
+};
+
+// A run at `global` and the place of its copy in a shared buffer, which needs kBulkAlignment bytes more than the run.
+template <class T>
+struct Run {
+  static constexpr int kPerVector = kBulkAlignment / static_cast<int>(sizeof(T));
+  // One lane for each element of a head or a tail: two halves of a warp.
+  static_assert(2 * kPerVector <= kWarp);
+
+  using Element = typename MutableOf<T>::type;
+
+  T* global;
+  Element* shared;
+  int count;
+  int head;    // elements before the first boundary
+  int middle;  // elements between boundaries
+
+  __device__ __forceinline__ Run(T* start, int elements, unsigned char* buffer) : global(start), count(elements) {
+    const int offset = static_cast<int>(reinterpret_cast<uint64>(start) % kBulkAlignment);
+    shared = reinterpret_cast<Element*>(buffer + offset);
+    head = min(count, (kBulkAlignment - offset) % kBulkAlignment / static_cast<int>(sizeof(T)));
+    middle = (count - head) / kPerVector * kPerVector;
+  }
+
+  // The element of the head (lanes 0 to 15) or the tail (16 to 31) that is this lane's to copy; `count` where none is.
+  __device__ __forceinline__ int single(int lane) const {
+    if (lane < kWarp / 2) return lane < head ? lane : count;
+    return min(count, head + middle + lane - kWarp / 2);
+  }
+};
+
+// Starts bringing a run; called by all lanes of one warp. The barrier, made for kWarp arrivals, completes a phase when
+// the whole run is in shared memory.
+template <class T>
+__device__ __forceinline__ void load_run(const Run<T>& run, uint64* barrier, int lane) {
+  const int single = run.single(lane);
+  if (single < run.count) run.shared[single] = run.global[single];
+  if (lane == 0) {
+    const uint32 bytes = run.middle * static_cast<uint32>(sizeof(T));
+    ptx::barrier_arrive_expect(barrier, bytes);
+    if (bytes > 0) ptx::bulk_load(run.shared + run.head, run.global + run.head, bytes, barrier);
+  } else {
+    ptx::barrier_arrive(barrier);
+  }
+}
+
+// Starts taking a run back; called by all lanes of one warp, after every thread that wrote to it has passed
+// ptx::fence_shared_for_bulk and then a block barrier. Lane 0 must wait by ptx::bulk_store_wait_read before the shared
+// copy is overwritten or the block ends.
+template <class T>
+__device__ __forceinline__ void store_run(const Run<T>& run, int lane) {
+  const int single = run.single(lane);
+  if (single < run.count) run.global[single] = run.shared[single];
+  if (lane == 0) {
+    const uint32 bytes = run.middle * static_cast<uint32>(sizeof(T));
+    if (bytes > 0) ptx::bulk_store(run.global + run.head, run.shared + run.head, bytes);
+    ptx::bulk_store_commit();
+  }
+}

@@ -1,0 +1,210 @@
+// CUDA's words in plain C++, so that g++ compiles an unmodified kernel source and a machine without a GPU runs it.
+//
+// One fiber is one CUDA thread; the blocks of a launch run in turn. The machine is an adversary within the rules:
+// shared memory is 0xFF (NaN) before each block, a bulk load poisons its destination and lands only when nothing else
+// can run, threads run forward, in reverse or in random order, and each misuse that is noticed ends the launch with a
+// message. It does not know: the memory model (a missing __threadfence), spinning on memory, -ftz and -fmad.
+#pragma once
+
+#include <math.h>
+
+#include "machine.h"
+
+#define CUCONV_HOST
+#ifndef __CUDA_ARCH__
+#define __CUDA_ARCH__ 900
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#ifdef __SANITIZE_ADDRESS__  // no redzones behind a static variable that is aligned to more
+#define __align__(n) __attribute__((aligned((n) > 64 ? 64 : (n))))
+#else
+#define __align__(n) __attribute__((aligned(n)))
+#endif
+#define CUCONV_DYNAMIC_SHARED(name) unsigned char* const name = hostcuda::dynamic_shared
+
+#define HOSTCUDA_VECTORS(T, name)                                                           \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                        \
+  struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; };             \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+HOSTCUDA_VECTORS(unsigned short, ushort)
+HOSTCUDA_VECTORS(int, int)
+HOSTCUDA_VECTORS(unsigned, uint)
+HOSTCUDA_VECTORS(float, float)
+HOSTCUDA_VECTORS(double, double)
+
+// `line` is the line of the call: a default argument is evaluated where the call stands.
+inline void __syncthreads(int line = __builtin_LINE()) {
+  using namespace hostcuda;
+  if (exited) fail("waits at the __syncthreads of line %d, and %d threads have exited", line, exited);
+  if (at_sync && sync_line != line)
+    fail("waits at the __syncthreads of line %d, and %d threads at that of line %d", line, at_sync, sync_line);
+  sync_line = line;
+  if (++at_sync < threads) return wait(kAtSync, line);
+  at_sync = 0;
+  generation++;
+  for (int i = 0; i < threads; i++) fibers[i].state = kReady;
+}
+
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, int line = __builtin_LINE()) {
+  hostcuda::meet_lanes(mask, 0, line);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  hostcuda::meet_lanes(mask, predicate, line);
+  unsigned ballot = 0;
+  for (int i = 0; i < 32; i++)
+    if ((mask >> i & 1) && hostcuda::value_of_lane<int>(i, line)) ballot |= 1u << i;
+  return ballot;
+}
+inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) == mask;
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width = 32, int line = __builtin_LINE()) {
+  hostcuda::meet_lanes(mask, value, line);
+  return hostcuda::value_of_lane<T>((hostcuda::own_lane() & -width) | (from & (width - 1)), line);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
+  hostcuda::meet_lanes(mask, value, line);
+  const int lane = hostcuda::own_lane(), from = lane - int(delta);
+  return hostcuda::value_of_lane<T>(from < (lane & -width) ? lane : from, line);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
+  hostcuda::meet_lanes(mask, value, line);
+  const int lane = hostcuda::own_lane(), from = lane + int(delta);
+  return hostcuda::value_of_lane<T>(from >= (lane & -width) + width ? lane : from, line);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, int line = __builtin_LINE()) {
+  hostcuda::meet_lanes(mask, value, line);
+  const int lane = hostcuda::own_lane(), from = lane ^ bits;
+  return hostcuda::value_of_lane<T>(from >= (lane & -width) + width ? lane : from, line);
+}
+
+template <class T> T __ldg(const T* pointer) { return *pointer; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// As CUDA's: of a number and a NaN the number.
+template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
+  if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return fmin(a, b);
+  else return std::common_type_t<A, B>(a) < std::common_type_t<A, B>(b) ? a : b;
+}
+template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
+  if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return fmax(a, b);
+  else return std::common_type_t<A, B>(a) > std::common_type_t<A, B>(b) ? a : b;
+}
+
+// The twin of cuda/ptx.cuh: see there for what each function promises.
+namespace ptx {
+
+using hostcuda::fail, hostcuda::self, hostcuda::uint32, hostcuda::uint64;
+using uint16 = unsigned short;
+
+inline float half_to_float(uint16 bits) {
+  _Float16 half;
+  memcpy(&half, &bits, 2);
+  return float(half);
+}
+inline uint16 float_to_half(float value) {
+  if (value != value) return 0x7FFF;
+  const _Float16 half = _Float16(value);
+  uint16 bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+inline float bfloat16_to_float(uint16 bits) { return __uint_as_float(uint32(bits) << 16); }
+inline uint16 float_to_bfloat16(float value) {
+  if (value != value) return 0x7FFF;
+  const uint32 bits = __float_as_uint(value);
+  return uint16((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+
+#if __CUDA_ARCH__ >= 900
+
+inline void barrier_init(uint64* barrier, uint32 arrivals, int line = __builtin_LINE()) {
+  if (!hostcuda::in_shared(barrier, 8)) fail("barrier_init outside shared memory, in line %d", line);
+  for (hostcuda::Barrier& known : hostcuda::barriers)
+    if (known.address == barrier) fail("barrier_init twice on one barrier, in line %d", line);
+  hostcuda::barriers.push_back({barrier, arrivals, arrivals, 0, 0});
+}
+
+inline void barrier_arrive_expect(uint64* barrier, uint32 bytes, int line = __builtin_LINE()) {
+  hostcuda::Barrier& found = hostcuda::find_barrier(barrier, line);
+  if (!found.pending) fail("arrives once too often in one phase of a barrier, in line %d", line);
+  found.bytes += bytes;
+  if (found.bytes >= 1 << 20) fail("announces more than 2^20 - 1 bytes in one phase, in line %d", line);
+  found.pending--;
+  complete_phase(found);
+}
+
+inline void barrier_arrive(uint64* barrier, int line = __builtin_LINE()) { barrier_arrive_expect(barrier, 0, line); }
+
+inline void barrier_wait(uint64* barrier, uint32 parity, int line = __builtin_LINE()) {
+  self->barrier = barrier;
+  while ((hostcuda::find_barrier(barrier, line).phase & 1) == parity) hostcuda::wait(hostcuda::kAtBarrier, line);
+}
+
+inline void bulk_load(void* shared, const void* global, uint32 bytes, uint64* barrier, int line = __builtin_LINE()) {
+  hostcuda::check_bulk("bulk_load", shared, global, bytes, line);
+  hostcuda::find_barrier(barrier, line);
+  memset(shared, 0xFF, bytes);
+  hostcuda::loads.push_back({shared, global, bytes, barrier});
+}
+
+// Of the fence this checks only that somebody called it since the last batch of stores, not that every writer did.
+inline void bulk_store(void* global, const void* shared, uint32 bytes, int line = __builtin_LINE()) {
+  using namespace hostcuda;
+  check_bulk("bulk_store", shared, global, bytes, line);
+  if (generation != store_generation && fence_generation < store_generation)
+    fail("bulk_store with no fence_shared_for_bulk since the last batch of stores, in line %d", line);
+  store_generation = generation;
+  const auto* from = static_cast<const unsigned char*>(shared);
+  self->stores.push_back({global, shared, {from, from + bytes}, self->groups});
+}
+
+inline void bulk_store_commit() { self->groups++; }
+
+// Carries out, at the last moment, all but the newest kGroups groups.
+template <int kGroups>
+void bulk_store_wait_read(int line = __builtin_LINE()) {
+  auto& stores = self->stores;
+  while (!stores.empty() && stores.front().group < self->groups - kGroups) {
+    const hostcuda::Store& store = stores.front();
+    if (memcmp(store.from, store.bytes.data(), store.bytes.size()))
+      fail("shared memory changed between bulk_store and bulk_store_wait_read, in line %d", line);
+    memcpy(store.to, store.bytes.data(), store.bytes.size());
+    stores.erase(stores.begin());
+  }
+}
+
+inline void fence_shared_for_bulk() { hostcuda::fence_generation = hostcuda::generation; }
+
+#endif  // sm_90
+
+}  // namespace ptx

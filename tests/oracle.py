@@ -1,0 +1,58 @@
+"""The truth that tests hold results against: PyTorch's convolution in float64, and the bound that rounding allows."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch.nn import functional
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+_UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+# Below the normal range the spacing no longer shrinks (float16), or results are flushed to zero (CuPy's -ftz=true).
+_UNDERFLOW = {"float16": 2.0**-25, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1075}
+
+
+def convolve(x, w, bias=None, *, stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1)):
+    """Depthwise convolution in float64 of host arrays of any dtype; padding as ((top, bottom), (left, right))."""
+    (top, bottom), (left, right) = padding
+    padded = functional.pad(_tensor(x), (left, right, top, bottom))
+    bias = None if bias is None else _tensor(bias)
+    return functional.conv2d(padded, _tensor(w), bias, stride, 0, dilation, groups=x.shape[1]).numpy()
+
+
+def assert_within_bound(y, x, w, bias=None, **numbers):
+    """|y - exact| <= u_out*|exact| + (taps + 1) * u_sum * (|x| conv |w| + |bias|), for finite data."""
+    name = y.dtype.name
+    exact = convolve(x, w, bias, **numbers)
+    assert y.shape == exact.shape
+    magnitude = convolve(np.abs(x), np.abs(w), None if bias is None else np.abs(bias), **numbers)
+    taps = w.shape[2] * w.shape[3]
+    sum_roundoff = 2.0**-53 if name == "float64" else 2.0**-24
+    bound = _UNIT_ROUNDOFF[name] * np.abs(exact) + (taps + 1) * sum_roundoff * magnitude + _UNDERFLOW[name]
+    error = np.abs(y.astype(np.float64) - exact)
+    wrong = ~(error <= bound)
+    assert not wrong.any(), (
+        f"{wrong.sum()} of {wrong.size} outputs are beyond the bound, the first at "
+        f"{tuple(int(i) for i in np.argwhere(wrong)[0])}: {y[wrong][0]} for {exact[wrong][0]}"
+    )
+    # All zeros would pass where everything cancels; random data does not cancel.
+    assert exact.size == 0 or np.count_nonzero(y) >= np.count_nonzero(magnitude) // 2
+
+
+def random_arrays(rng, x_shape, w_shape, dtype, bias=True):
+    """x, w and bias (or None) with values around 1, in the dtype of the given name."""
+    dtype = DTYPES[dtype]
+    x = rng.standard_normal(x_shape).astype(dtype)
+    w = rng.standard_normal(w_shape).astype(dtype)
+    return x, w, rng.standard_normal(w_shape[0]).astype(dtype) if bias else None
+
+
+def _tensor(array):
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))

@@ -1,0 +1,143 @@
+"""python -m benchmarks, as far as it goes without a GPU: cases, digest, report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as program
+from benchmarks import cases, report
+from cuconv import measure
+
+ROOT = Path(report.__file__).parent.parent
+
+
+def row(case: str, dtype: str, ms: float | None = 2.0, **changes: Any) -> dict[str, Any]:
+    return {
+        "case": case,
+        "op": "depthwise",
+        "pass": "forward",
+        "dtype": dtype,
+        "layout": "nchw",
+        "precision": "fp32",
+        "shape": "1,2,3,4 3x3",
+        "kernel": "depthwise_forward_runs",
+        "right": True,
+        "ms": ms,
+        "floor_ms": 1.5,
+        "percent_of_floor": None if ms is None else 150 / ms,
+        "error": 0.25,
+        "peers": {"torch": 4.0, "torch_compile": 3.0, "jax": None},
+    } | changes
+
+
+def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "device": "A GPU",
+        "date": "2030-01-02",
+        "sources": "0" * 64,
+        "copy_GBps": 4240.0,
+        "versions": {"numpy": "numpy 2.0.0"},
+        "rows": rows,
+    }
+
+
+def test_report_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("a", "float32"), row("a", "float16", peers={}), row("b", "float32", layout="nhwc")]
+    rows.append(row("b", "float16", None, right=False, error=None))
+    rows.append(row("b", "float64"))
+    written = result(rows)
+    report.write(written, tmp_path / "new", "gpu")
+    assert json.loads((tmp_path / "new" / "gpu.json").read_text()) == written
+    assert (tmp_path / "new" / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "new" / "gpu.md").read_text()
+    assert "4240 GB/s" in text
+    assert "torch_compile ms" in text
+    assert text.count("WRONG") == 1
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.write(result([]), tmp_path, "empty")
+    assert (tmp_path / "empty.png").exists()
+
+
+def test_best_peer() -> None:
+    assert report.best_peer(row("a", "float32")) == ("torch_compile", 3.0)
+    assert report.best_peer(row("a", "float32", peers={"torch": None})) is None
+
+
+def test_digest_is_of_names_and_bytes(tmp_path: Path) -> None:
+    def digest() -> str:
+        return report.sources_digest(tmp_path)
+
+    for name in ("cuda/a.cu", "cuconv/b.py", "cuconv/__pycache__/b.pyc", "tests/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    first = digest()
+    assert digest() == first
+    (tmp_path / "cuconv/__pycache__/b.pyc").write_text("other")
+    (tmp_path / "tests/c.py").write_text("other")
+    assert digest() == first
+    (tmp_path / "cuda/a.cu").write_text("other")
+    second = digest()
+    (tmp_path / "cuda/a.cu").rename(tmp_path / "cuda/d.cu")
+    assert len({first, second, digest()}) == 3
+
+
+def test_sources_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--sources"]) == 0
+    assert capsys.readouterr().out.strip() == report.sources_digest()
+
+
+def test_committed_results_are_well_formed() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        written = json.loads(path.read_text())
+        assert {"device", "date", "sources", "copy_GBps", "rows"} <= set(written)
+        for line in written["rows"]:
+            assert set(row("", "")) <= set(line)
+
+
+def test_cases() -> None:
+    assert len(cases.CASE_NAMES) == len(set(cases.CASE_NAMES)) == 20
+    for case in cases.CASES:
+        assert case.geometry.P > 0
+    slak = next(case for case in cases.CASES if case.name == "slak51")
+    assert slak.geometry.y_shape == (16, 96, 56, 56)
+
+
+def test_selection() -> None:
+    assert [case.name for case, _ in cases.selected(["kb82"], ["float32"])] == ["kb82", "kb82+bias"]
+    assert [case.name for case, _ in cases.selected(["kb82+bias"], ["float32"])] == ["kb82+bias"]
+    in_float64 = [case.name for case, _ in cases.selected(cases.CASE_NAMES, ["float64"])]
+    assert in_float64 == list(cases.FLOAT64_CASES)
+
+
+@pytest.mark.skipif(measure.cupy_with_gpu() is not None, reason="there is a GPU")
+def test_needs_a_gpu() -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "--quick"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "needs a GPU" in done.stderr
+
+
+def test_a_gpu_run(tmp_path: Path) -> None:
+    if measure.cupy_with_gpu() is None:
+        pytest.skip("needs a GPU")
+    pytest.importorskip("matplotlib")
+    arguments = ["--cases", "b1_14", "--dtypes", "float32", "--no-peers", "--out", str(tmp_path), "--name", "one"]
+    assert program.main(arguments) == 0
+    (line,) = json.loads((tmp_path / "one.json").read_text())["rows"]
+    assert line["right"]
+    assert 0 < line["percent_of_floor"] < 200
+
+
+def test_unknown_case() -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--cases", "nonsense"])
+    assert stop.value.code == 2

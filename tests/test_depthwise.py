@@ -1,0 +1,231 @@
+"""depthwise_conv2d on the kernels: the same bodies on a GPU, and on the host where the real sources run as C++."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+
+import cuconv
+from cuconv import plan
+
+# name: x, w, stride, padding, dilation. Rows, columns and their numbers differ wherever they can; the product of all
+# choices is pruned to geometries that each reach a branch of a kernel or of its plan that the others do not.
+GEOMETRIES = {
+    "3x3": ((2, 3, 11, 13), (3, 1, 3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)),
+    "3x3_padded": ((2, 3, 11, 13), (3, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "3x1": ((3, 2, 9, 8), (2, 1, 3, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)),
+    "1x7_asymmetric": ((1, 2, 5, 19), (2, 1, 1, 7), (1, 1), ((0, 0), (5, 1)), (1, 1)),
+    "1x1": ((2, 5, 4, 6), (5, 1, 1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)),
+    "2x3_stride_2_1": ((2, 3, 12, 9), (3, 1, 2, 3), (2, 1), ((1, 0), (0, 2)), (1, 1)),
+    "3x3_stride_2": ((2, 4, 15, 18), (4, 1, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)),
+    "3x2_stride_1_3": ((2, 2, 10, 14), (2, 1, 3, 2), (1, 3), ((2, 1), (0, 1)), (1, 1)),
+    "5x3_dilated": ((1, 3, 21, 17), (3, 1, 5, 3), (1, 1), ((3, 4), (2, 1)), (2, 3)),
+    "3x3_dilated_strided": ((2, 2, 19, 23), (2, 1, 3, 3), (2, 3), ((2, 1), (4, 0)), (3, 2)),
+    "5x5_padded": ((2, 3, 9, 12), (3, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "7x7_small": ((2, 4, 7, 7), (4, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "multiplier_3": ((2, 2, 8, 9), (6, 1, 3, 2), (1, 1), ((1, 1), (0, 1)), (1, 1)),
+    "multiplier_2_rows": ((1, 2, 70, 33), (4, 1, 3, 3), (2, 1), ((1, 1), (1, 1)), (1, 1)),
+    "planes_together": ((3, 25, 6, 5), (25, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "images_together": ((23, 2, 5, 6), (2, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "one_channel": ((37, 1, 4, 3), (1, 1, 2, 2), (1, 1), ((0, 1), (1, 0)), (1, 1)),
+    "multiplier_together": ((5, 3, 4, 5), (15, 1, 2, 2), (1, 1), ((0, 1), (1, 0)), (1, 1)),
+    "rows_apart": ((1, 1, 150, 260), (1, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "one_pixel": ((2, 3, 1, 1), (3, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "all_padding": ((1, 2, 3, 4), (2, 1, 2, 2), (1, 1), ((6, 7), (5, 9)), (1, 1)),
+    "one_column": ((2, 3, 40, 1), (3, 1, 4, 1), (1, 1), ((1, 2), (0, 0)), (1, 1)),
+    "large_kernel": ((1, 2, 20, 35), (2, 1, 11, 31), (1, 1), ((5, 5), (15, 15)), (1, 1)),
+}
+RUNS_MAX_TAPS = 64
+
+
+def variants(w_shape):
+    return ("direct", "runs") if w_shape[2] * w_shape[3] <= RUNS_MAX_TAPS else ("direct",)
+
+
+def cases(dtypes):
+    for dtype in dtypes:
+        for name, (x_shape, w_shape, *numbers) in GEOMETRIES.items():
+            for variant in variants(w_shape):
+                arguments = (x_shape, w_shape, dict(zip(("stride", "padding", "dilation"), numbers, strict=True)))
+                yield pytest.param(*arguments, dtype, variant, id=f"{name}-{dtype}-{variant}")
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "numbers", "dtype", "variant"), list(cases(oracle.DTYPES)))
+def test_every_variant_matches_float64(device, rng, x_shape, w_shape, numbers, dtype, variant):
+    x, w, bias = oracle.random_arrays(rng, x_shape, w_shape, dtype)
+    shape = oracle.convolve(x, w, **numbers).shape
+    out, guards = device.guarded(shape, x.dtype)
+    with plan.variant(variant):
+        y = cuconv.depthwise_conv2d(device.array(x), device.array(w), device.array(bias), out=out, **numbers)
+    assert y is out
+    oracle.assert_within_bound(device.host(y), x, w, bias, **numbers)
+    guards.assert_untouched()
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_small_integers_are_exact(device, rng, dtype, variant):
+    x = rng.integers(-3, 4, (2, 3, 9, 10)).astype(oracle.DTYPES[dtype])
+    w = rng.integers(-2, 3, (6, 1, 3, 2)).astype(oracle.DTYPES[dtype])
+    numbers = {"stride": (1, 2), "padding": ((2, 0), (1, 1)), "dilation": (1, 1)}
+    with plan.variant(variant):
+        y = cuconv.depthwise_conv2d(device.array(x), device.array(w), **numbers)
+    np.testing.assert_array_equal(device.host(y).astype(np.float64), oracle.convolve(x, w, **numbers))
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_width_and_every_offset(device, rng, dtype, variant):
+    """Runs start at any element and end at any element, so that heads and tails of every length occur."""
+    size = oracle.DTYPES[dtype].itemsize
+    w = rng.standard_normal((2, 1, 3, 3)).astype(oracle.DTYPES[dtype])
+    numbers = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+    for width in (*range(1, 20), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257):
+        x = rng.standard_normal((2, 2, 3, width)).astype(oracle.DTYPES[dtype])
+        offset = width % (16 // size)
+        shifted = device.array(np.concatenate([np.zeros(offset, x.dtype), x.ravel()]))[offset:].reshape(x.shape)
+        with plan.variant(variant):
+            y = cuconv.depthwise_conv2d(shifted, device.array(w), **numbers)
+        oracle.assert_within_bound(device.host(y), x, w, **numbers)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_channels_around_every_group_size(device, rng, variant):
+    for channels in (1, 2, 23, 24, 25, 63, 64, 65):
+        x, w, bias = oracle.random_arrays(rng, (3, channels, 4, 5), (channels, 1, 3, 3), "float32")
+        with plan.variant(variant):
+            y = cuconv.depthwise_conv2d(device.array(x), device.array(w), device.array(bias), padding=1)
+        oracle.assert_within_bound(device.host(y), x, w, bias, padding=((1, 1), (1, 1)))
+
+
+def test_several_images_a_block(device, rng):
+    """Small planes of many images: blocks that go through images in turn, two of them under way at once."""
+    x, w, bias = oracle.random_arrays(rng, (17, 90, 7, 6), (90, 1, 3, 3), "float32")
+    geometry = cuconv.geometry.depthwise_geometry(x, w, padding=1)
+    tiles = {
+        tile.block_images: tile
+        for tile in plan._runs_tiles(geometry, "float32", device.target.shared_per_block // 2)
+        if tile.block_planes > 1
+    }
+    assert set(tiles) == {1, 2, 4, 8}
+    for tile in tiles.values():
+        y = device.launch(plan._runs_plan(geometry, "float32", tile), x, w, bias, geometry.y_shape)
+        oracle.assert_within_bound(y, x, w, bias, padding=((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_padding_takes_part_as_a_zero(device, variant):
+    x = np.ones((1, 1, 5, 6), np.float32)
+    w = np.ones((1, 1, 3, 3), np.float32)
+    w[0, 0, 0, 0] = np.inf
+    with plan.variant(variant):
+        y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), padding=1))
+    outside = np.zeros(y.shape, bool)
+    outside[:, :, 0, :] = outside[:, :, :, 0] = True  # where the tap of infinity falls into the padding
+    np.testing.assert_array_equal(np.isnan(y), outside)
+    assert np.isposinf(y[~outside]).all()
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_nan_poisons_its_receptive_field_and_nothing_else(device, rng, variant):
+    x, w, _ = oracle.random_arrays(rng, (2, 3, 9, 8), (3, 1, 3, 2), "float32")
+    numbers = {"stride": (2, 1), "padding": ((1, 0), (0, 1)), "dilation": (1, 2)}
+    x[1, 2, 4, 5] = np.nan
+    with plan.variant(variant):
+        y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), **numbers))
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(oracle.convolve(x, w, **numbers)))
+    assert np.isnan(y).any()
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_nan_in_unread_pixels_poisons_nothing(device, rng, variant):
+    x, w, _ = oracle.random_arrays(rng, (2, 3, 9, 10), (3, 1, 1, 1), "float32")
+    x[:, :, 1::2] = np.nan
+    x[:, :, :, 1::2] = np.nan
+    with plan.variant(variant):
+        y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), stride=2))
+    oracle.assert_within_bound(y, x[:, :, ::2, ::2], w)
+
+
+@pytest.mark.parametrize("view", ["reversed", "transposed", "strided", "offset", "broadcast"])
+def test_views_of_any_strides(device, rng, view):
+    base = rng.standard_normal((3, 4, 12, 10)).astype(np.float32)
+    take = {
+        "reversed": lambda a: a[:, :, ::-1, ::-1],
+        "transposed": lambda a: a.transpose(1, 0, 3, 2),
+        "strided": lambda a: a[::2, 1:3, ::3, 1:],
+        "offset": lambda a: a[1:, 2:, 3:, 1:],
+        "broadcast": lambda a: np.broadcast_to(a[:, :1], a.shape) if type(a) is np.ndarray else device.broadcast(a),
+    }[view]
+    x = take(base)
+    w = rng.standard_normal((x.shape[1], 1, 2, 3)).astype(np.float32)
+    y = cuconv.depthwise_conv2d(take(device.array(base)), device.array(w[:, :, ::-1])[:, :, ::-1])
+    oracle.assert_within_bound(device.host(y), x, w)
+
+
+def test_out_of_other_strides_is_written_right(device, rng):
+    x, w, bias = oracle.random_arrays(rng, (2, 3, 7, 8), (3, 1, 3, 3), "float32")
+    buffer = device.array(np.full((2, 6, 16, 5), 7, np.float32))
+    out = buffer[:, ::2, ::-2].transpose(0, 1, 3, 2)
+    assert out.shape == (2, 3, 5, 8)
+    with pytest.raises(ValueError, match=r"\(2, 3, 5, 6\).*\(2, 3, 5, 8\)"):
+        cuconv.depthwise_conv2d(device.array(x), device.array(w), out=out)
+    out = out[..., 1:7]
+    y = cuconv.depthwise_conv2d(device.array(x), device.array(w), device.array(bias), out=out)
+    assert y is out
+    oracle.assert_within_bound(device.host(y), x, w, bias)
+    rest = device.host(buffer)
+    written = np.zeros(rest.shape, bool)
+    written[:, ::2, ::-2].transpose(0, 1, 3, 2)[..., 1:7] = True
+    assert (rest[~written] == 7).all()
+
+
+def test_inputs_are_never_written(device, rng):
+    x, w, bias = oracle.random_arrays(rng, (2, 3, 7, 8), (3, 1, 3, 3), "float32")
+    arrays = [device.array(a) for a in (x, w, bias)]
+    cuconv.depthwise_conv2d(*arrays, padding=1)
+    for before, after in zip((x, w, bias), arrays, strict=True):
+        np.testing.assert_array_equal(before, device.host(after))
+
+
+def test_empty_batch(device):
+    x, w = np.empty((0, 3, 7, 8), np.float32), np.ones((6, 1, 3, 3), np.float32)
+    y = cuconv.depthwise_conv2d(device.array(x), device.array(w))
+    assert y.shape == (0, 6, 5, 6)
+    assert y.dtype == np.float32
+    assert type(y) is device.array_type
+
+
+def test_same_bits_every_time(device, rng):
+    x, w, bias = (device.array(a) for a in oracle.random_arrays(rng, (2, 9, 17, 15), (9, 1, 3, 3), "float32"))
+    first = device.host(cuconv.depthwise_conv2d(x, w, bias, padding=1)).view(np.uint32)
+    for _ in range(device.repeats):
+        again = device.host(cuconv.depthwise_conv2d(x, w, bias, padding=1)).view(np.uint32)
+        np.testing.assert_array_equal(again, first)
+
+
+def test_out_may_not_overlap_an_input(device):
+    buffer = device.array(np.ones((2, 4, 6, 6), np.float32))
+    w = device.array(np.ones((2, 1, 3, 3), np.float32))
+    with pytest.raises(ValueError, match=r"out must not overlap an input.*x"):
+        cuconv.depthwise_conv2d(buffer[:, :2], w, padding=1, out=buffer[:, 1:3])
+    # Neighbouring channels of one buffer interleave in memory, and share none of it.
+    y = cuconv.depthwise_conv2d(buffer[:, :2], w, padding=1, out=buffer[:, 2:])
+    assert device.host(y)[0, 0, 1, 1] == 9
+
+
+def test_host_and_device_arrays_do_not_mix(device):
+    x, w = np.ones((1, 2, 5, 5), np.float32), np.ones((2, 1, 3, 3), np.float32)
+    with pytest.raises(TypeError, match=r"x is a .* array and w a numpy array"):
+        cuconv.depthwise_conv2d(device.array(x), w)
+    with pytest.raises(TypeError, match=r"x is a numpy array and out a"):
+        cuconv.depthwise_conv2d(x, w, out=device.array(np.ones((1, 2, 3, 3), np.float32)))
+
+
+def test_a_forced_variant_that_cannot_run_says_why(device):
+    x, w = device.array(np.ones((1, 1, 12, 12), np.float32)), device.array(np.ones((1, 1, 9, 9), np.float32))
+    with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs.*64 taps.*9 x 9"):
+        cuconv.depthwise_conv2d(x, w)
+    with pytest.raises(ValueError, match=r"variant must be one of runs, direct.*'fast'"), plan.variant("fast"):
+        pass

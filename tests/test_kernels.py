@@ -1,0 +1,58 @@
+"""Every kernel variant compiled by NVRTC for every architecture, with a budget of registers and no spills."""
+
+from __future__ import annotations
+
+import pytest
+
+from cuconv import kernels, plan
+
+cupy = pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
+from test_plan import geometry  # noqa: E402
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+# Two blocks of 256 threads a multiprocessor at least: 65,536 registers over 512 threads.
+REGISTER_BUDGET = 128
+# These hold 49 weights and 14 to 16 sums of float32 in registers, or sums in float64, and run one block fewer.
+LARGE_REGISTER_BUDGET = 255
+
+CASES = {
+    "3x3": ((16, 64, 512, 512), (64, 1, 3, 3), {}),
+    "3x3_padded": ((16, 64, 512, 512), (64, 1, 3, 3), {"padding": 1}),
+    "3x3_stride_2": ((64, 128, 112, 112), (128, 1, 3, 3), {"padding": 1, "stride": 2}),
+    "3x3_dilation_12": ((8, 256, 65, 65), (256, 1, 3, 3), {"padding": 12, "dilation": 12}),
+    "3x3_small": ((128, 512, 14, 14), (512, 1, 3, 3), {"padding": 1}),
+    "5x5": ((128, 240, 28, 28), (240, 1, 5, 5), {"padding": 2}),
+    "7x7": ((64, 192, 56, 56), (192, 1, 7, 7), {"padding": 3}),
+    "31x31": ((16, 128, 56, 56), (128, 1, 31, 31), {"padding": 15}),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills_within_the_register_budget(case, architecture):
+    x_shape, w_shape, numbers = CASES[case]
+    target = plan.TARGETS[int(architecture.removeprefix("sm_").rstrip("a"))]
+    for dtype in plan.DTYPES:
+        chosen = plan.depthwise_forward(geometry(x_shape, w_shape, **numbers), dtype, target)
+        resources = kernels.compile_only(chosen, architecture)
+        assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+        large = w_shape[2] * w_shape[3] > 9 or dtype == "float64" or numbers.get("stride") == 2
+        assert resources.registers <= (LARGE_REGISTER_BUDGET if large else REGISTER_BUDGET), f"{chosen}: {resources}"
+
+
+def test_a_compile_error_names_variant_architecture_and_log():
+    broken = plan.Plan("depthwise_forward_direct", (("T", "f32"), ("INDEX", "no_such_type")), 1, 32, 0, ())
+    with pytest.raises(RuntimeError, match=r"(?s)depthwise_forward_direct.*sm_80.*NVRTC.*no_such_type"):
+        kernels.compile_only(broken, "sm_80")
+
+
+def test_flatten_brings_each_header_once_and_keeps_line_numbers():
+    text = kernels.flatten("depthwise_forward_runs", (("T", "f32"),))
+    assert text.startswith('#define CUCONV_T f32\n#line 1 "depthwise_forward_runs.cu"\n')
+    for header in ("ptx.cuh", "numbers.cuh", "runs.cuh"):
+        assert text.count(f'#line 1 "{header}"') == 1
+    assert "#include" not in text
+    source = (kernels.sources_folder() / "depthwise_forward_runs.cu").read_text().splitlines()
+    after = text[text.rindex('"depthwise_forward_runs.cu"\n') :].splitlines()[1:]
+    line = int(text[: text.rindex(' "depthwise_forward_runs.cu"\n')].rsplit("#line ", 1)[1])
+    assert after == source[line - 1 :]

@@ -1,0 +1,237 @@
+"""The error bound: right results pass it, planted faults do not; and the arithmetic around it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cuconv import depthwise_conv2d, measure
+from cuconv.cases import REFERENCE_CASES, Case
+from cuconv.geometry import Conv2dGeometry
+
+CASE = Case("", 2, 5, 23, 31, 3, 5, stride=(2, 1), padding=(1, 3), dilation=(1, 2), bias=True)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def problem(dtype: str, scale: float = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, Conv2dGeometry]:
+    x, w = (measure.random_array(shape, dtype, seed) for seed, shape in enumerate(CASE.shapes))
+    return x * x.dtype.type(scale), w, measure.random_array((CASE.C,), dtype, 2), CASE.geometry
+
+
+@pytest.mark.parametrize("scale", [1, 64, 2.0**-10])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_results_pass(dtype: str, scale: float) -> None:
+    x, w, bias, geometry = problem(dtype, scale)
+    y = depthwise_conv2d(x, w, bias, **CASE.options)
+    assert 0 < measure.forward_error(y, x, w, bias, geometry) <= 1
+
+
+def test_depth_multiplier_passes() -> None:
+    x = measure.random_array((2, 3, 7, 9), "float32", 0)
+    w = measure.random_array((6, 1, 3, 2), "float32", 1)
+    y = depthwise_conv2d(x, w)
+    geometry = replace(Case("", 2, 3, 7, 9, 3, 2, stride=1, padding=0, dilation=1).geometry, K=6)
+    assert measure.forward_error(y, x, w, None, geometry) <= 1
+    assert measure.slice_error(y, x, w, None, geometry) <= 1
+    assert measure.forward_error(y[:, ::-1].copy(), x, w, None, geometry) > 1
+
+
+def test_float16_subnormal_results_pass() -> None:
+    x, w, _, geometry = problem("float16")
+    x = x * np.float16(2.0**-14)
+    w = w * np.float16(2.0**-8)
+    y = depthwise_conv2d(x, w, **CASE.options)
+    assert 0 < np.abs(y).max() < 2.0**-14
+    assert measure.forward_error(y, x, w, None, geometry) <= 1
+
+
+def test_float32_results_flushed_to_zero_pass() -> None:
+    x, w, _, geometry = problem("float32")
+    x = x * np.float32(2.0**-100)
+    w = w * np.float32(2.0**-24)
+    y = depthwise_conv2d(x, w, **CASE.options)
+    flushed = np.where(np.abs(y) < np.finfo(np.float32).tiny, np.float32(0), y)
+    assert (flushed != y).any()
+    assert measure.forward_error(flushed, x, w, None, geometry) <= 1
+
+
+def to_tf32(array: np.ndarray) -> np.ndarray:
+    """float32 with 10 bits after the point, as tensor cores take it."""
+    return ((array.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+
+def test_tf32_inputs_are_caught() -> None:
+    x, w, bias, geometry = problem("float32")
+    y = depthwise_conv2d(to_tf32(x), to_tf32(w), bias, **CASE.options)
+    assert measure.forward_error(y, x, w, bias, geometry) > 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_in_16_bits_are_caught(dtype: str) -> None:
+    x, w, bias, geometry = problem(dtype)
+    y = np.zeros(geometry.y_shape, x.dtype)
+    for r in range(geometry.R):
+        for s in range(geometry.S):
+            tap = np.zeros_like(w)
+            tap[:, :, r, s] = w[:, :, r, s]
+            y = y + depthwise_conv2d(x, tap, **CASE.options)
+    assert measure.forward_error(y + bias.reshape(-1, 1, 1), x, w, bias, geometry) > 1
+
+
+def test_rounding_before_the_bias_is_caught() -> None:
+    x, w, bias, geometry = problem("float16")
+    y = depthwise_conv2d(x, w, **CASE.options) + bias.reshape(-1, 1, 1)
+    assert measure.forward_error(y, x, w, bias, geometry) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", ["one tap off", "a tap by 1 %", "last column", "last image", "shifted", "no bias"])
+def test_faults_are_caught(dtype: str, fault: str) -> None:
+    x, w, bias, geometry = problem(dtype)
+    wrong = w.copy()
+    if fault == "one tap off":
+        wrong[3, 0, 2, 4] = 0
+    if fault == "a tap by 1 %":
+        wrong[3, 0, 2, 4] *= w.dtype.type(1.01)
+    y = depthwise_conv2d(x, wrong, None if fault == "no bias" else bias, **CASE.options)
+    if fault == "last column":
+        y[..., -1] = y[..., -2]
+    if fault == "last image":
+        y[-1] = y[0]
+    if fault == "shifted":
+        y = np.roll(y, 1, axis=-1)
+    assert measure.forward_error(y, x, w, bias, geometry) > 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_not_finite() -> None:
+    x, w, bias, geometry = problem("float32")
+    x[0, 0, 10, 10] = np.nan
+    x[1, 2, 10, 10] = np.inf
+    y = depthwise_conv2d(x, w, bias, **CASE.options)
+    assert np.isnan(y).any()
+    assert np.isinf(y).any()
+    assert measure.forward_error(y, x, w, bias, geometry) <= 1
+    for value, other in ((np.nan, 0), (np.inf, -np.inf), (np.inf, 0), (np.inf, np.nan)):
+        wrong = y.copy()
+        found = np.isnan(y) if np.isnan(value) else y == value
+        wrong.flat[np.flatnonzero(found)[0]] = other
+        assert measure.forward_error(wrong, x, w, bias, geometry) == np.inf
+    for value in (np.nan, np.inf):
+        wrong = y.copy()
+        wrong[0, -1, -1, -1] = value
+        assert measure.forward_error(wrong, x, w, bias, geometry) == np.inf
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_overflow_is_an_infinity() -> None:
+    x, w, bias, geometry = problem("float16")
+    x[0, 1] = 30000
+    w[1] = 2
+    y = depthwise_conv2d(x, w, bias, **CASE.options)
+    assert np.isinf(y).any()
+    assert measure.forward_error(y, x, w, bias, geometry) <= 1
+    assert measure.forward_error(np.clip(y, -65504, 65504), x, w, bias, geometry) > 1
+
+
+def test_mostly_zeros_mean_nothing() -> None:
+    # Terms that cancel: within the bound, zero is as right as anything.
+    case = Case("", 1, 1, 4, 400, 1, 200, stride=1, padding=0, dilation=1)
+    x = np.full(case.shapes[0], 1e4, np.float32)
+    w = np.full(case.shapes[1], 1e4, np.float32) * np.where(np.arange(200) % 2, -1, 1).astype(np.float32)
+    w[..., 0] += np.float32(0.01)
+    y = depthwise_conv2d(x, w)
+    assert measure.forward_error(y, x, w, None, case.geometry) <= 1
+    assert measure.forward_error(0 * y, x, w, None, case.geometry) == np.inf
+
+
+def test_wrong_shape_and_empty_batch() -> None:
+    x, w, bias, geometry = problem("float32")
+    y = depthwise_conv2d(x, w, bias, **CASE.options)
+    with pytest.raises(ValueError, match="shape"):
+        measure.forward_error(y[:1], x, w, bias, geometry)
+    assert measure.forward_error(y[:0], x[:0], w, bias, replace(geometry, N=0)) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slice_error_asks_for_every_element(dtype: str) -> None:
+    x, w, bias, geometry = problem(dtype)
+    y = np.empty(geometry.y_shape, x.dtype)
+    measure.poison(y)
+    assert np.isnan(y).all()
+    depthwise_conv2d(x, w, bias, out=y, **CASE.options)
+    assert measure.slice_error(y, x, w, bias, geometry) <= 1
+    for n, c in ((0, 0), (-1, -1), (0, -1)):
+        wrong = y.copy()
+        wrong[n, c, -1, -1] += wrong.dtype.type(0.1)
+        assert measure.slice_error(wrong, x, w, bias, geometry) > 1
+    measure.poison(y[0, 3, 2:3])  # a channel of which no value is looked at
+    assert measure.slice_error(y, x, w, bias, geometry) == np.inf
+
+
+def test_separable_error() -> None:
+    x, w, bias, geometry = problem("float32")
+    pointwise = measure.random_array((7, CASE.C), "float32", 3)
+    outer = measure.random_array((7,), "float32", 4)
+    middle = depthwise_conv2d(*(a.astype(np.float64) for a in (x, w, bias)), **CASE.options)
+    y = np.einsum("kc,ncpq->nkpq", pointwise, middle) + outer.reshape(-1, 1, 1)
+    y = y.astype(np.float32)
+    some = [0, 6]
+    assert measure.separable_error(y[:, some], x, w, bias, pointwise[some], outer[some], geometry) <= 1
+    assert measure.separable_error(y[:, some], x, w, bias, pointwise[[0, 5]], outer[some], geometry) > 1
+    assert measure.separable_error(y[:, some], x, w, bias, pointwise[some], None, geometry) > 1
+
+
+def test_random_arrays_repeat_without_meeting_planes() -> None:
+    a = measure.random_array((3, 700, 701), "float32", 0)
+    assert a.shape == (3, 700, 701)
+    assert a.dtype == np.float32
+    assert a.flat[0] == a.flat[1_000_003]
+    assert not (a[0] == a[1]).any()
+    assert abs(a.std() - 1) < 0.01
+    assert (measure.random_array((4,), "float32", 1) != measure.random_array((4,), "float32", 0)).all()
+    assert measure.random_array((0, 3), "bfloat16", 0).shape == (0, 3)
+
+
+def test_floor_is_every_byte_once() -> None:
+    assert measure.floor_ms(4_000_000_000, 4e12) == pytest.approx(1)
+
+
+def test_table_is_aligned_markdown() -> None:
+    assert measure.table(["a", "long name"], [["1.5", "x"]]) == (
+        "| a   | long name |\n| --- | --------- |\n| 1.5 | x         |"
+    )
+
+
+def test_installed() -> None:
+    assert measure.installed("numpy") == f"numpy {np.__version__}"
+    assert measure.installed("no_such_package") is None
+
+
+def test_reference_cases() -> None:
+    by_name = {case.name: case for case in REFERENCE_CASES}
+    assert len(by_name) == len(REFERENCE_CASES) == 9
+    assert by_name["kb83+bias"].bias
+    assert not by_name["kb83"].bias
+    assert by_name["kb84"].geometry.y_shape == (64, 128, 254, 510)
+    assert str(by_name["kb86"]) == "16,64->128,512,512 3x3"
+
+
+def test_timer_on_a_gpu() -> None:
+    cupy = measure.cupy_with_gpu()
+    if cupy is None:
+        pytest.skip("needs a GPU")
+    with measure.Timer() as timer:
+        assert 1e10 < timer.copy_bandwidth < 1e14
+        for size in (2**10, 2**28):  # in a graph, and one by one
+            arrays = [cupy.ones(size, np.float32) for _ in range(3)]
+
+            def launch(i: int, arrays: list = arrays) -> None:
+                cupy.add(arrays[i], 1, out=arrays[i])
+
+            milliseconds = timer.ms(launch, 3)
+            assert milliseconds > 0.5 * measure.floor_ms(8 * size, timer.copy_bandwidth)
+            assert milliseconds < 10
+            assert all((array > 1).all() for array in arrays)

@@ -1,0 +1,144 @@
+"""Planning: pure arithmetic, so all of it is tested here without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cuconv import plan
+from cuconv.geometry import Conv2dGeometry, depthwise_geometry
+
+H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
+
+
+def geometry(x_shape, w_shape, **numbers) -> Conv2dGeometry:
+    # Broadcast views have the shape and hold one element.
+    x, w = (np.broadcast_to(np.float32(0), shape) for shape in (x_shape, w_shape))
+    return depthwise_geometry(x, w, **numbers)
+
+
+def test_the_default_is_runs_where_they_run_and_direct_elsewhere():
+    g = geometry((16, 64, 512, 512), (64, 1, 3, 3))
+    assert plan.depthwise_forward(g, "float32", H200).source == "depthwise_forward_runs"
+    assert plan.depthwise_forward(g, "float32", RTX_5090).source == "depthwise_forward_runs"
+    assert plan.depthwise_forward(g, "float32", T4).source == "depthwise_forward_direct"
+    large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)
+    assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
+    wide = geometry((1, 1, 3, 10**6), (1, 1, 3, 3))
+    assert plan.depthwise_forward(wide, "float32", H200).source == "depthwise_forward_direct"
+
+
+def test_a_forced_variant_never_becomes_another():
+    g = geometry((16, 64, 512, 512), (64, 1, 3, 3))
+    assert plan.depthwise_forward(g, "float32", H200, "direct").source == "depthwise_forward_direct"
+    with pytest.raises(plan.Unsuitable, match=r"compute capability 9.0.*7.5"):
+        plan.depthwise_forward(g, "float32", T4, "runs")
+
+
+def test_plans_are_cached_and_hashable():
+    g = geometry((16, 64, 512, 512), (64, 1, 3, 3))
+    first = plan.depthwise_forward(g, "float32", H200)
+    assert plan.depthwise_forward(g, "float32", H200) is first
+    assert hash(first) == hash(plan.depthwise_forward.__wrapped__(g, "float32", H200))
+
+
+extent = st.integers(1, 300)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), extent, extent),
+    multiplier=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dilation=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.tuples(st.integers(0, 9), st.integers(0, 9)), st.tuples(st.integers(0, 9), st.integers(0, 9))),
+    dtype=st.sampled_from(list(plan.DTYPES)),
+    target=st.sampled_from([H200, RTX_5090]),
+)
+def test_every_plan_covers_the_output_and_fits_the_device(
+    shape, multiplier, kernel, stride, dilation, padding, dtype, target
+):
+    try:
+        g = geometry(shape, (shape[1] * multiplier, 1, *kernel), stride=stride, dilation=dilation, padding=padding)
+    except ValueError:
+        return  # a kernel larger than its input
+    for variant in plan.DEPTHWISE_FORWARD:
+        try:
+            chosen = plan.depthwise_forward(g, dtype, target, variant)
+        except plan.Unsuitable:
+            continue
+        values = dict(chosen.parameters)
+        assert 1 <= chosen.grid <= 2**31 - 1
+        assert 1 <= chosen.block <= 256
+        assert 0 <= chosen.shared_bytes <= target.shared_per_block
+        assert all(-(2**31) <= value < 2**31 for name, value in chosen.parameters if not name.startswith("total_"))
+        if variant == "direct":
+            assert (chosen.grid - 1) * chosen.block < g.y_size <= chosen.grid * chosen.block
+            continue
+        assert values["plane_groups"] * values["block_planes"] >= values["image_planes"]
+        assert values["row_groups"] * values["block_rows"] >= g.P > (values["row_groups"] - 1) * values["block_rows"]
+        assert values["images"] * values["image_planes"] >= g.N * g.K > (values["images"] - 1) * values["image_planes"]
+        assert values["image_planes"] % g.K == 0
+        assert values["block_planes"] == 1 or values["block_rows"] == g.P
+        image_groups = -(-values["images"] // values["block_images"])
+        assert chosen.grid == image_groups * values["plane_groups"] * values["row_groups"]
+        # Several planes a block: every one of them has threads of its own.
+        defines = dict(chosen.defines)
+        items = -(-values["block_rows"] // defines["ROWS"]) * -(-g.Q // defines["COLUMNS"])
+        assert values["block_planes"] == 1 or values["block_planes"] * items <= chosen.block
+
+
+def test_offsets_are_64_bit_only_where_needed():
+    below = geometry((1, 1, 2**15, 2**16 - 1), (1, 1, 1, 1))
+    above = geometry((1, 1, 2**15, 2**16), (1, 1, 1, 1))
+    multiplied = geometry((1, 1, 2**15, 2**15), (2, 1, 1, 1))
+    index = [dict(plan.depthwise_forward(g, "float32", T4).defines)["INDEX"] for g in (below, above, multiplied)]
+    assert index == ["int", "int64", "int64"]
+
+
+def test_a_grid_beyond_the_hardware_is_refused():
+    g = geometry((2**10, 2**10, 2**10, 2**9 + 2), (2**10, 1, 1, 1))
+    with pytest.raises(plan.Unsuitable, match="more than one launch"):
+        plan.depthwise_forward(g, "float16", T4)
+
+
+def test_the_number_of_variants_is_bounded():
+    """Whatever the shapes, one kernel size and dtype take few compiled variants."""
+    rng = np.random.default_rng(7)
+    seen = set()
+    for padding, stride, dilation in product((0, 1), (1, 2, 3), (1, 2)):
+        for _ in range(60):
+            n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
+            g = geometry((n, c, h + 5, w + 5), (c, 1, 3, 3), padding=padding, stride=stride, dilation=dilation)
+            chosen = plan.depthwise_forward(g, "float32", H200)
+            seen.add((chosen.source, chosen.defines))
+    # Padded or not, block sizes; strides 1 and 2 with each number of rows, or gathering.
+    assert len(seen) <= 2 * len(plan._RUNS_THREADS) * (2 * len(plan._RUNS_ROWS[True, False]) + 1)
+
+
+def test_parameter_struct_matches_the_fields_of_the_kernels():
+    """Names and order in the plan are those of the C++ struct."""
+    from cuconv import kernels
+
+    for variant in plan.DEPTHWISE_FORWARD:
+        chosen = plan.depthwise_forward(geometry((2, 3, 9, 9), (3, 1, 3, 3)), "float32", H200, variant)
+        text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
+        body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]
+        fields = []
+        for line in body.splitlines()[1:]:
+            kind, _, names = line.split("//")[0].strip().rstrip(";").partition(" ")
+            fields += [(name.strip(), {"int": "int32", "int64": "int64"}[kind]) for name in names.split(",")]
+        struct = chosen.parameter_struct()
+        assert [(name, str(struct.dtype[name])) for name in struct.dtype.names] == fields
+
+
+def test_planning_imports_no_cupy():
+    code = "import sys, cuconv.plan; raise SystemExit('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
