@@ -82,13 +82,14 @@ def depthwise_conv2d(
     with device:
         if geometry.N == 0:
             return module.empty(geometry.y_shape, x.dtype) if out is None else out
-        # 2. Plan.
-        target = kernels.target(device.id)
-        chosen = plan.depthwise_forward(geometry, x.dtype.name, target, plan.forced_variant())
-        # 3. Allocate.
+        # 2. Allocate.
         x, w = interop.contiguous(x), interop.contiguous(w)
         bias = None if bias is None else interop.contiguous(bias)
         y = out if out is not None and interop.is_contiguous(out) else module.empty(geometry.y_shape, x.dtype)
+        # 3. Plan.
+        aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
+        target = kernels.target(device.id)
+        chosen = plan.depthwise_forward(geometry, x.dtype.name, target, plan.forced_variant(), aligned)
         # 4. Kernel.
         kernel = kernels.load(chosen, device.id)
         # 5. Launch.

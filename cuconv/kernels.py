@@ -50,7 +50,7 @@ def load(plan: Plan, device_id: int) -> Callable[..., None]:
     kernel = _kernel(plan.source, plan.defines, device_id)
     if plan.shared_bytes > _DEFAULT_SHARED_BYTES:
         kernel.max_dynamic_shared_size_bytes = max(kernel.max_dynamic_shared_size_bytes, plan.shared_bytes)
-    grid, block, parameters, shared_bytes = (plan.grid,), (plan.block,), plan.parameter_struct(), plan.shared_bytes
+    grid, block, parameters, shared_bytes = plan.grid, (plan.block,), plan.parameter_struct(), plan.shared_bytes
 
     def launch(*addresses: int) -> None:
         kernel(grid, block, (*addresses, parameters), shared_mem=shared_bytes)
@@ -84,7 +84,7 @@ def compile_only(plan: Plan, architecture: str) -> Resources:
 
     program = nvrtc.createProgram(flatten(plan.source, plan.defines), f"{plan.source}.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (f"-arch={architecture}", "--ptxas-options=-v", "-ftz=true", *_OPTIONS))
+        nvrtc.compileProgram(program, (f"-arch={architecture}", "--ptxas-options=-v", "--no-cache", "-ftz=true", *_OPTIONS))
     except nvrtc.NVRTCError as error:
         version = ".".join(map(str, nvrtc.getVersion()))
         log = nvrtc.getProgramLog(program)

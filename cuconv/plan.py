@@ -6,20 +6,22 @@ Planning is pure arithmetic on integers: it needs no GPU, searches nothing by tr
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
-from .geometry import Conv2dGeometry
+from .geometry import Conv2dGeometry, Pair
 
 # The C++ name (cuda/numbers.cuh) and the bytes of every dtype.
 DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("f32", 4), "float64": ("f64", 8)}
 
-MAX_GRID = 2**31 - 1
+MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,25 @@ class Plan:
 
     source: str
     defines: tuple[tuple[str, int | str], ...]
-    grid: int
+    grid: tuple[int, int, int]
     block: int
     shared_bytes: int
     parameters: tuple[tuple[str, int], ...]
 
     def parameter_struct(self) -> np.void:
-        """The kernel's by-value Parameters: 32-bit integers in order, but for 64-bit ones, which are named total_*."""
-        fields = [(name, np.int64 if name.startswith("total_") else np.int32) for name, _ in self.parameters]
+        """The kernel's by-value Parameters: 32-bit integers in order; those named total_* have 64 bits, and those
+        named *_magic no sign."""
+        fields = [(name, _field_type(name)) for name, _ in self.parameters]
         struct: np.void = np.zeros(1, np.dtype(fields, align=True))[0]
         for name, value in self.parameters:
             struct[name] = value
         return struct
+
+
+def _field_type(name: str) -> type[np.integer[Any]]:
+    if name.startswith("total_"):
+        return np.int64
+    return np.uint32 if name.endswith("_magic") else np.int32
 
 
 class Unsuitable(ValueError):
@@ -99,14 +108,19 @@ def forced_variant() -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def depthwise_forward(geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None) -> Plan:
-    """The plan of a depthwise forward convolution; Unsuitable, a ValueError, where the forced variant cannot run."""
+def depthwise_forward(
+    geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
+) -> Plan:
+    """The plan of a depthwise forward convolution; aligned says whether x and y start at multiples of VECTOR_BYTES.
+
+    Unsuitable, a ValueError, where the forced variant cannot run.
+    """
     if forced is not None:
-        return DEPTHWISE_FORWARD[forced](geometry, dtype, target)
+        return DEPTHWISE_FORWARD[forced](geometry, dtype, target, aligned)
     try:
-        return _forward_runs(geometry, dtype, target)
+        return _forward_runs(geometry, dtype, target, aligned)
     except Unsuitable:
-        return _forward_direct(geometry, dtype, target)
+        return _forward_direct(geometry, dtype, target, aligned)
 
 
 # Direct: one output a thread.
@@ -114,15 +128,15 @@ def depthwise_forward(geometry: Conv2dGeometry, dtype: str, target: Target, forc
 _DIRECT_THREADS = 256
 
 
-def _forward_direct(g: Conv2dGeometry, dtype: str, target: Target) -> Plan:
+def _forward_direct(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
     grid = -(-g.y_size // _DIRECT_THREADS)
-    if grid > MAX_GRID:
+    if grid > MAX_GRID[0]:
         raise Unsuitable(f"variant direct: {g.y_size} outputs are more than one launch can count")
     small = max(g.x_size, g.y_size) <= 2**31 - 1
     return Plan(
         source="depthwise_forward_direct",
         defines=(("T", DTYPES[dtype][0]), ("INDEX", "int" if small else "int64")),
-        grid=grid,
+        grid=(grid, 1, 1),
         block=_DIRECT_THREADS,
         shared_bytes=0,
         parameters=(
@@ -140,32 +154,57 @@ def _forward_direct(g: Conv2dGeometry, dtype: str, target: Target) -> Plan:
 
 # Weights live in registers, and kernels are unrolled over them: beyond this many, the direct kernel.
 _RUNS_MAX_TAPS = 64
-# Outputs that a thread makes down a column, for (slide, float64). More rows share more loads: 16 rows take 18 rows of
-# input at 3x3, and 7 and 14 fit the planes that networks have most. A sum in float64 takes two registers, and without
-# sharing, more rows only take registers.
-_RUNS_ROWS = {(True, False): (16, 14, 8, 7, 4), (True, True): (8, 7, 4), (False, False): (4,), (False, True): (2,)}
-_RUNS_THREADS = (256, 128, 64)
+# Rows of a thread's patch. More share more loads: 16 take 18 rows of input at 3x3; 7 and 14 fit the planes that networks
+# have most.
+_RUNS_ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
+_RUNS_COLUMNS = (4, 2, 1)
+# Rows of up to this many outputs may be one thread's.
+_RUNS_MAX_WIDTH = 16
+# Sums, weights and one row of input that a thread may hold, in registers: beyond, the compiler spills.
+_RUNS_MAX_VALUES = 128
+_RUNS_THREADS = (128, 64, 256)
 _RUNS_IMAGES = (1, 2, 4, 8)
 # Blocks a multiprocessor that overlap loading, arithmetic and storing: at 3x3 on 512 x 512, six small ones took 98.7 %
 # of the floor and three of twice the size 97.0 (float32, H200); fewer where rows are too long for six.
 _RUNS_BLOCKS = (6, 3, 1)
-# Threads a multiprocessor that keep it busy.
-_RUNS_BUSY_THREADS = 768
 # Static shared memory and what the system keeps for itself, a block.
 _SHARED_RESERVE = 1024 + 128
+# A vector of this many bytes is the widest load, and where arrays must start for vectors to be used at all.
+VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _RunsPatch:
+    """What one thread makes: rows x columns outputs, by loads and stores of so many elements.
+
+    The rows of a patch are spacing[0] apart, and as a convolution of their own have stride[0]; columns likewise.
+    """
+
+    rows: int
+    columns: int
+    stride: Pair
+    spacing: Pair
+    vector: int
+    out_vector: int
+    whole_rows: bool
+    # By a rough count, an output: issue slots, and passes over the banks of shared memory.
+    slots: float
+    passes: float
+    registers: int
 
 
 @dataclass(frozen=True, slots=True)
 class _RunsTile:
-    """One way to cut the work among threads and blocks."""
+    """What one block makes: of one image or of several in turn, a piece of one plane or several whole planes."""
 
-    rows: int  # outputs of a thread
-    columns: int
+    patch: _RunsPatch
     block_rows: int
     block_planes: int
     block_images: int
+    row_items: int
+    column_items: int
     threads: int
-    input_bytes: int  # of one image of a block
+    input_bytes: int  # of one image
     output_bytes: int
 
     @property
@@ -177,26 +216,25 @@ class _RunsTile:
         return self.stages * (self.input_bytes + self.output_bytes)
 
 
-def _forward_runs(g: Conv2dGeometry, dtype: str, target: Target) -> Plan:
+def _forward_runs(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
     if target.architecture < 90:
         raise Unsuitable(f"variant runs: needs compute capability 9.0, and the device has {target.architecture / 10}")
     if g.R * g.S > _RUNS_MAX_TAPS:
         raise Unsuitable(f"variant runs: takes at most {_RUNS_MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    patches = list(_runs_patches(g, dtype, aligned))
     for blocks in _RUNS_BLOCKS:
         budget = min(target.shared_per_block, target.shared_per_multiprocessor // blocks) - _SHARED_RESERVE
-        tiles = list(_runs_tiles(g, dtype, budget))
+        tiles = [tile for patch in patches for tile in _runs_tiles(g, dtype, patch, budget)]
         if tiles:
-            return _runs_plan(g, dtype, min(tiles, key=lambda tile: _runs_cost(g, target, tile)))
+            return _runs_plan(g, dtype, min(tiles, key=lambda tile: _runs_cost(g, dtype, target, tile)))
     raise Unsuitable(f"variant runs: {g.R} rows of {g.W} elements do not fit shared memory")
 
 
 def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile) -> Plan:
-    slide = _slides(g)
-    image_planes, images = _runs_images(g, tile)
-    plane_groups = -(-image_planes // tile.block_planes)
-    row_groups = -(-g.P // tile.block_rows)
-    grid = -(-images // tile.block_images) * plane_groups * row_groups
-    if grid > MAX_GRID:
+    patch = tile.patch
+    image_planes, images = _runs_images(g, tile.block_planes)
+    grid = (-(-g.P // tile.block_rows), -(-image_planes // tile.block_planes), -(-images // tile.block_images))
+    if any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"variant runs: {grid} blocks are more than one launch can count")
     return Plan(
         source="depthwise_forward_runs",
@@ -205,12 +243,18 @@ def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile) -> Plan:
             ("R", g.R),
             ("S", g.S),
             ("PADDED", int(g.padded)),
+            ("MULTIPLIED", int(g.multiplier > 1)),
             ("THREADS", tile.threads),
-            ("ROWS", tile.rows),
-            ("COLUMNS", tile.columns),
-            ("SLIDE", int(slide)),
-            ("STRIDE_H", g.stride[0] if slide else 1),
-            ("STRIDE_W", g.stride[1] if slide else 1),
+            ("STAGES", tile.stages),
+            ("ROWS", patch.rows),
+            ("COLUMNS", patch.columns),
+            ("STRIDE_H", patch.stride[0]),
+            ("STRIDE_W", patch.stride[1]),
+            ("DILATED", int(g.dilation != (1, 1))),
+            ("VECTOR", patch.vector),
+            ("OUT_VECTOR", patch.out_vector),
+            ("LEFT", g.padding[1][0] if patch.whole_rows else g.padding[1][0] % patch.vector),
+            ("WIDTH", g.W if patch.whole_rows else 0),
         ),
         grid=grid,
         block=tile.threads,
@@ -219,76 +263,148 @@ def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile) -> Plan:
             ("multiplier", g.multiplier),
             ("K", g.K),
             *_plane_parameters(g),
+            ("spacing_h", patch.spacing[0]),
+            ("spacing_w", patch.spacing[1]),
+            ("row_items", tile.row_items),
+            ("column_items", tile.column_items),
+            ("items_magic", _magic(tile.row_items * tile.column_items)),
+            ("column_items_magic", _magic(tile.column_items)),
+            ("spacing_h_magic", _magic(patch.spacing[0])),
+            ("spacing_w_magic", _magic(patch.spacing[1])),
+            # Without a magic number for it, every output plane of an image is a channel.
+            ("K_magic", _magic(g.K) if image_planes > g.K else 0),
             ("image_planes", image_planes),
+            ("last_image_planes", g.N * g.K - (images - 1) * image_planes),
             ("images", images),
             ("block_planes", tile.block_planes),
             ("block_rows", tile.block_rows),
             ("block_images", tile.block_images),
-            ("plane_groups", plane_groups),
-            ("row_groups", row_groups),
-            ("stages", tile.stages),
             ("input_bytes", tile.input_bytes),
             ("output_bytes", tile.output_bytes),
-            ("total_planes", g.N * g.K),
         ),
     )
 
 
-def _slides(g: Conv2dGeometry) -> bool:
-    """Whether a loaded value serves several outputs: the kernel's SLIDE."""
-    return g.dilation == (1, 1) and max(g.stride) <= 2
+# What the kernel divides, and by what: see divide in cuda/depthwise_forward_runs.cu.
+_MAX_ITEMS = 2**15 - 1
 
 
-def _runs_images(g: Conv2dGeometry, tile: _RunsTile) -> tuple[int, int]:
+def _magic(divisor: int) -> int:
+    """By which the kernel multiplies to divide."""
+    return -(-(2**31) // divisor)
+
+
+def _runs_images(g: Conv2dGeometry, block_planes: int) -> tuple[int, int]:
     """Planes of an image, and images, as the kernel counts them: images so small that a block takes several are seen
     as fewer images with more planes."""
-    fold = max(1, tile.block_planes // g.K)
+    fold = max(1, block_planes // g.K)
     return fold * g.K, -(-g.N // fold)
 
 
-def _runs_tiles(g: Conv2dGeometry, dtype: str, budget: int) -> Iterator[_RunsTile]:
-    """The tiles that fit `budget` bytes of shared memory: a piece of one plane, or several whole planes, of one image
-    or of several in turn."""
+def _runs_patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[_RunsPatch]:
+    """The patches that a thread's registers hold."""
     size = DTYPES[dtype][1]
-    slide = _slides(g)
-    # Two 16-bit columns share a bank of shared memory; more, or two of 32 bits, would meet in one.
-    columns = 2 if slide and size == 2 else 1
-    column_items = -(-g.Q // columns)
+    dilated = g.dilation != (1, 1)
+    # Rows this far apart read rows that are whole dilations apart, so that they can share them.
+    common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
+    spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
+    stride = (g.stride[0] // common[0], g.stride[1] // common[1])
+    # The widest vectors that rows of x and of y are made of.
+    widest = VECTOR_BYTES // size if aligned and not dilated else 1
+    of_x, of_y = (math.gcd(extent, widest) for extent in (g.W, g.Q))
+    columns_choices = [c for c in _RUNS_COLUMNS if c == 1 or (stride[1] <= 2 and (c - 1) * spacing[1] < g.Q)]
+    if not dilated and g.Q <= _RUNS_MAX_WIDTH and g.W <= 2 * _RUNS_MAX_WIDTH and stride[1] <= 2:
+        columns_choices.append(g.Q)
+    rows_choices = [r for r in _RUNS_ROWS if r == 1 or stride[0] <= 2]
+    # Of the patches taller than the plane, the lowest.
+    tall = [r for r in rows_choices if r * spacing[0] >= g.P]
+    rows_choices = [r for r in rows_choices if r not in tall[:-1]]
+    for columns, rows in product(dict.fromkeys(columns_choices), rows_choices):
+        patch_stride = (stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1)
+        whole_rows = not dilated and columns == g.Q
+        vector = of_x if whole_rows else math.gcd(of_x, columns * patch_stride[1])
+        out_vector = math.gcd(of_y, columns)
+        span_rows = (rows - 1) * patch_stride[0] + g.R
+        span = g.W if whole_rows else (columns - 1) * patch_stride[1] + g.S
+        loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
+        words = max(1, size // 4)
+        values = (rows * columns + g.R * g.S + span) * words
+        if values > _RUNS_MAX_VALUES:
+            continue
+        # Of one row: loads, what they are where they fall outside, conversions, the bounds.
+        row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
+        stores = (1 + size / 4 if size < 4 else 1) * columns / out_vector + (columns if size == 2 else 0) + 2
+        slots = (row_slots * span_rows + rows * stores + 30) / (rows * columns) + g.R * g.S * words
+        # Lanes are a patch apart: a warp's access passes over the banks as often as its reach holds all of them.
+        if whole_rows:
+            apart, apart_out = rows * g.stride[0] * g.W * size / 4, rows * g.Q * size / 4
+            load_passes, store_passes = (math.gcd(int(a), 32) if a % 1 == 0 else 1 for a in (apart, apart_out))
+        else:
+            load_passes = columns * patch_stride[1] * size / 4 if not dilated else size / 4
+            store_passes = columns * size / 4 if not dilated else size / 4
+        load_passes, store_passes = max(1, vector * size / 4, load_passes), max(1, out_vector * size / 4, store_passes)
+        passes = (loads * load_passes * span_rows + rows * columns / out_vector * store_passes) / (rows * columns)
+        yield _RunsPatch(
+            rows=rows,
+            columns=columns,
+            stride=patch_stride,
+            spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
+            vector=vector,
+            out_vector=out_vector,
+            whole_rows=whole_rows,
+            slots=slots,
+            passes=passes,
+            registers=values + 40,
+        )
+
+
+def _runs_tiles(g: Conv2dGeometry, dtype: str, patch: _RunsPatch, budget: int) -> Iterator[_RunsTile]:
+    """The tiles of a patch that fit `budget` bytes of shared memory."""
+    size = DTYPES[dtype][1]
     reach = (g.R - 1) * g.dilation[0] + 1
-    for rows in _RUNS_ROWS[slide, size == 8]:
-        for pieces in range(1, -(-g.P // rows) + 1):
-            block_rows = min(g.P, pieces * rows)
-            whole = block_rows == g.P
-            # Rows that a thread may look at, though it may not store what comes of the last of them.
-            input_rows = (pieces * rows - 1) * g.stride[0] + reach
-            if (input_rows + max(g.padding[0])) * g.W > 2**31 - 1:
-                break  # offsets of rows, those in the padding too, are 32-bit integers
-            if g.padded:
-                input_rows = min(input_rows, g.H)
-            if (input_rows * g.W + block_rows * g.Q) * size > budget:
-                break
-            images = [i for i in _RUNS_IMAGES if i == 1 or (whole and i <= g.N)]
-            for threads in _RUNS_THREADS:
-                # Whole planes: as many as there are threads for, or a part of them.
-                most = max(1, min(threads // (pieces * column_items), g.N * g.K)) if whole else 1
-                for planes, block_images in product({-(-most // part) for part in (1, 2, 4, 8)}, images):
-                    block_planes = planes - planes % g.K if planes > g.K else planes
-                    # Output planes that begin in the midst of an input plane's may need one input plane more.
-                    input_planes = min(block_planes, (block_planes - 2) // g.multiplier + 2) if block_planes > 1 else 1
-                    input_elements = (input_planes - 1) * g.H * g.W + input_rows * g.W + columns * g.stride[1]
-                    output_elements = (block_planes - 1) * g.P * g.Q + block_rows * g.Q
-                    tile = _RunsTile(
-                        rows=rows,
-                        columns=columns,
-                        block_rows=block_rows,
-                        block_planes=block_planes,
-                        block_images=block_images,
-                        threads=threads,
-                        input_bytes=_run_bytes(input_elements * size),
-                        output_bytes=_run_bytes(output_elements * size),
-                    )
-                    if tile.shared_bytes <= budget:
-                        yield tile
+    # Rows and columns that are patched together: a patch for each of `spacing` beginnings.
+    group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
+    column_groups = -(-g.Q // group_columns)
+    column_items = column_groups * patch.spacing[1]
+    # Columns that a thread may look at behind the last row, though it may not store what comes of them.
+    overhang = 2 * patch.vector
+    if not g.padded:
+        overhang += max(0, (column_groups * group_columns - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1 - g.W)
+    for groups in range(1, -(-g.P // group_rows) + 1):
+        block_rows = min(g.P, groups * group_rows)
+        row_items = groups * patch.spacing[0]
+        whole = block_rows == g.P
+        # Rows likewise.
+        input_rows = (groups * group_rows - 1) * g.stride[0] + reach
+        if (input_rows + max(g.padding[0])) * g.W > 2**31 - 1:
+            break  # offsets of rows, those in the padding too, are 32-bit integers
+        if g.padded:
+            input_rows = min(input_rows, g.H)
+        if (input_rows * g.W + block_rows * g.Q) * size > budget or row_items * column_items > _MAX_ITEMS:
+            break
+        images = [i for i in _RUNS_IMAGES if i <= g.N]
+        for threads in _RUNS_THREADS:
+            # Whole planes: as many as there are threads for, or a part of them.
+            most = max(1, min(threads // (row_items * column_items), g.N * g.K)) if whole else 1
+            for planes, block_images in product({-(-most // part) for part in (1, 2, 4)}, images):
+                block_planes = planes - planes % g.K if planes > g.K else planes
+                # Output planes that begin in the midst of an input plane's may need one input plane more.
+                input_planes = min(block_planes, (block_planes - 2) // g.multiplier + 2) if block_planes > 1 else 1
+                input_elements = (input_planes - 1) * g.H * g.W + input_rows * g.W + overhang
+                output_elements = (block_planes - 1) * g.P * g.Q + block_rows * g.Q
+                tile = _RunsTile(
+                    patch=patch,
+                    block_rows=block_rows,
+                    block_planes=block_planes,
+                    block_images=block_images,
+                    row_items=row_items,
+                    column_items=column_items,
+                    threads=threads,
+                    input_bytes=_run_bytes(input_elements * size),
+                    output_bytes=_run_bytes(output_elements * size),
+                )
+                if tile.shared_bytes <= budget:
+                    yield tile
 
 
 def _run_bytes(size: int) -> int:
@@ -296,31 +412,43 @@ def _run_bytes(size: int) -> int:
     return -(-(size + 16) // 128) * 128
 
 
-def _runs_cost(g: Conv2dGeometry, target: Target, tile: _RunsTile) -> float:
-    """A rough count of issue slots an output, the waiting for memory counted in: good enough to rank tiles."""
-    if _slides(g):
-        span_rows = (tile.rows - 1) * g.stride[0] + g.R
-        loads = span_rows * ((tile.columns - 1) * g.stride[1] + g.S) / (tile.rows * tile.columns)
-    else:
-        loads = g.R * g.S
+# Bytes that memory moves and issue slots that pass, in one clock of one multiprocessor of an H200.
+_BYTES_A_CLOCK = 18.0
+_SLOTS_A_CLOCK = 128.0
+_LANES_A_PASS = 32.0
+
+
+def _runs_cost(g: Conv2dGeometry, dtype: str, target: Target, tile: _RunsTile) -> float:
+    """Clocks an output, roughly: good enough to rank tiles."""
+    size, patch = DTYPES[dtype][1], tile.patch
     outputs = tile.block_planes * tile.block_rows * g.Q
-    items = tile.block_planes * -(-tile.block_rows // tile.rows) * -(-g.Q // tile.columns)
-    # Lanes with nothing to do, and the last block of a plane with few rows left.
-    idle = -(-items // tile.threads) * tile.threads * tile.rows * tile.columns / outputs
+    items = tile.block_planes * tile.row_items * tile.column_items
     row_groups = -(-g.P // tile.block_rows)
+    # Lanes with nothing to do, and the last block of a plane with few rows left.
+    idle = -(-items // tile.threads) * tile.threads * patch.rows * patch.columns / outputs
     idle *= row_groups * tile.block_rows / g.P
-    # The halo comes from L2, and costs about ten slots for each time that the input is read.
+    # A block costs about a hundred slots a thread before and after its arithmetic, an image of it about forty.
+    overhead = (40 + (100 + 2 * g.R * g.S) / tile.block_images) * tile.threads / outputs
+    issue = (patch.slots * idle + overhead) / _SLOTS_A_CLOCK
+    # The halo comes from L2; through shared memory it passes as all input does.
     needed = (tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
     halo = 1.0 if row_groups == 1 else needed / (tile.block_rows * g.stride[0])
-    # A block costs about a hundred slots a thread before and after its arithmetic, an image of it about twenty.
-    overhead = (20 + 80 / tile.block_images) * tile.threads / outputs
-    image_planes, images = _runs_images(g, tile)
+    inputs = g.x_size / g.y_size
+    shared = (patch.passes * idle + (halo * inputs + 1) * size / 4) / _LANES_A_PASS
+    memory = ((1 + 0.25 * (halo - 1)) * inputs + 1) * size / _BYTES_A_CLOCK
+    image_planes, images = _runs_images(g, tile.block_planes)
     blocks = -(-images // tile.block_images) * -(-image_planes // tile.block_planes) * row_groups
-    resident = min(target.shared_per_multiprocessor // (tile.shared_bytes + _SHARED_RESERVE), 2048 // tile.threads)
-    starved = max(1.0, _RUNS_BUSY_THREADS / (tile.threads * resident))
+    resident = min(
+        target.shared_per_multiprocessor // (tile.shared_bytes + _SHARED_RESERVE),
+        2048 // tile.threads,
+        65536 // (patch.registers * tile.threads),
+    )
+    # Blocks of two stages load while they compute; others leave that to their neighbours.
+    overlap = resident * tile.stages
+    limit, rest = max(issue, shared, memory), issue + shared + memory
     # Waves of blocks: the last one is never full.
-    waves = blocks / (target.multiprocessors * resident)
-    return ((loads + g.R * g.S + 4) * idle + overhead + 10 * halo) * starved * (1 + 0.5 / waves)
+    waves = blocks / (target.multiprocessors * max(1, resident))
+    return (limit + (rest - limit) * min(1.0, 1.5 / max(1, overlap))) * (1 + 0.5 / waves)
 
 
 def _plane_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:

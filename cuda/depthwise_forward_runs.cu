@@ -5,9 +5,14 @@
 // rows, one bulk copy takes the results back. A block may do so for the same planes of several images in turn: its
 // weights then stay in registers, and the next image is on its way while this one is worked on.
 //
-// Compile-time values: T; R, S; PADDED (a tap may fall outside x); THREADS; ROWS, COLUMNS (outputs of a thread); SLIDE
-// (dilation 1 and the strides below, so that one loaded value serves several outputs; otherwise stride and dilation
-// are run-time values and every tap is loaded by itself); STRIDE_H, STRIDE_W.
+// Compile-time values: T; R, S; PADDED (a tap may fall outside x); MULTIPLIED (several output channels an input channel);
+// THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its patch); STRIDE_H, STRIDE_W (of the
+// patch, see below); DILATED; VECTOR, OUT_VECTOR (elements of one load and one store of shared memory: they divide W and
+// Q, and runs start at multiples of them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch
+// spans the whole row, so that what falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere).
+//
+// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows so
+// far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise.
 #include "numbers.cuh"
 #include "runs.cuh"
 
@@ -17,59 +22,108 @@ using Sum = Accumulator<T>;
 constexpr int kR = CUCONV_R;
 constexpr int kS = CUCONV_S;
 constexpr bool kPadded = CUCONV_PADDED;
+constexpr bool kMultiplied = CUCONV_MULTIPLIED;
+constexpr int kThreads = CUCONV_THREADS;
+constexpr int kStages = CUCONV_STAGES;
 constexpr int kRows = CUCONV_ROWS;
 constexpr int kColumns = CUCONV_COLUMNS;
-constexpr bool kSlide = CUCONV_SLIDE;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
-constexpr int kThreads = CUCONV_THREADS;
-constexpr int kMaxStages = 2;
+constexpr bool kDilated = CUCONV_DILATED;
+constexpr int kVector = CUCONV_VECTOR;
+constexpr int kOutVector = CUCONV_OUT_VECTOR;
+constexpr int kLeft = CUCONV_LEFT;
+constexpr int kWidth = CUCONV_WIDTH;
 
-static_assert(kSlide || kColumns == 1, "columns are shared only where the stride between them is known");
+// Rows and columns of x that a patch needs, in units of the dilation.
+constexpr int kSpanH = (kRows - 1) * kStrideH + kR;
+constexpr int kSpanW = (kColumns - 1) * kStrideW + kS;
+// They are loaded in vectors, the first of which starts kPhase columns before them.
+constexpr int kPhase = kWidth ? 0 : (kVector - kLeft % kVector) % kVector;
+constexpr int kVectors = (kPhase + kSpanW + kVector - 1) / kVector;
+
+static_assert(kStages == 1 || kStages == 2, "the parity of a barrier is counted for these");
+static_assert(!kDilated || (kVector == 1 && kOutVector == 1 && kWidth == 0), "dilated columns are no vectors");
+static_assert(kWidth || kColumns * kStrideW % kVector == 0, "every patch starts at the same place of a vector");
+static_assert(kWidth % kVector == 0 && kColumns % kOutVector == 0, "rows and patches are whole vectors");
 
 struct Parameters {
-  int multiplier;            // output planes for each input plane
-  int K;                     // output channels; weights repeat after so many output planes
+  int multiplier;                  // output planes for each input plane
+  int K;                           // output channels; weights repeat after so many output planes
   int H, W, P, Q;
-  int top, left;             // padding
-  int stride_h, stride_w, dilation_h, dilation_w;
-  int image_planes;          // output planes from one image to the next: a multiple of K
+  int top, left;                   // padding
+  int stride_h, stride_w;          // of the convolution
+  int dilation_h, dilation_w;
+  int spacing_h, spacing_w;        // rows and columns from one output of a patch to the next
+  int row_items, column_items;     // patches of a block in one plane
+  uint32 items_magic, column_items_magic, spacing_h_magic, spacing_w_magic, K_magic;  // see divide
+  int image_planes;                // output planes from one image to the next: a multiple of K
+  int last_image_planes;           // those of the last image
   int images;
-  int block_planes;          // output planes of a block in one image; 1 unless they are whole
-  int block_rows;            // output rows of a block
-  int block_images;          // images that a block works on in turn
-  int plane_groups, row_groups;
-  int stages;                // images under way at once, 1 only where block_images is 1
-  int input_bytes, output_bytes;  // shared bytes of one image's runs
-  int64 total_planes;
+  int block_planes;                // output planes of a block in one image; 1 unless they are whole
+  int block_rows;                  // output rows of a block
+  int block_images;                // images that a block works on in turn
+  int input_bytes, output_bytes;   // shared bytes of one image's runs
 };
 
-// One thread's part of a plane: kRows x kColumns outputs. `source` is the element of the first output's first tap,
-// at (row, column) of x; neither need exist.
-struct Taps {
-  const T* source;
-  int row, column;
-};
+// n / d for n and d below 2^15, by a multiplication: magic is 2^31 / d, rounded up.
+__device__ __forceinline__ int divide(int n, uint32 magic) {
+  return static_cast<int>(static_cast<uint64>(static_cast<uint32>(n)) * magic >> 31);
+}
 
 __device__ __forceinline__ bool within(int index, int extent) {
   return static_cast<uint32>(index) < static_cast<uint32>(extent);
 }
 
-// Every row of x that the outputs need is loaded once and meets all the outputs that need it.
-__device__ __forceinline__ void slide(const Parameters& g, const Taps& taps, const Sum (&weight)[kR][kS],
-                                      Sum (&sum)[kRows][kColumns]) {
-  constexpr int kSpanH = (kRows - 1) * kStrideH + kR;
-  constexpr int kSpanW = (kColumns - 1) * kStrideW + kS;
-  bool column_within[kSpanW];
+// The input plane of an output plane.
+__device__ __forceinline__ int input_plane_of(int output_plane, const Parameters& g) {
+  return kMultiplied ? output_plane / g.multiplier : output_plane;
+}
+
+// One row of x as a patch needs it, zeros outside; `source` is where its first tap is, or would be.
+__device__ __forceinline__ void load_row(const T* source, bool row_within, const bool (&vector_within)[kVectors],
+                                         int unit, Sum (&value)[kSpanW]) {
+  if constexpr (kWidth) {
 #pragma unroll
-  for (int j = 0; j < kSpanW; ++j) column_within[j] = !kPadded || within(taps.column + j, g.W);
+    for (int j = 0; j < kSpanW; ++j) value[j] = Sum(0);
+#pragma unroll
+    for (int column = 0; column < kWidth; column += kVector) {
+      const Vector<T, kVector> vector = row_within ? load_vector<kVector>(source + kLeft + column) : Vector<T, kVector>{};
+#pragma unroll
+      for (int e = 0; e < kVector; ++e)
+        if (column + e + kLeft < kSpanW) value[column + e + kLeft] = widen(vector.element[e]);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const bool inside = row_within && vector_within[v];
+      const Vector<T, kVector> vector =
+          inside ? load_vector<kVector>(source + (v * kVector - kPhase) * unit) : Vector<T, kVector>{};
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const int j = v * kVector + e - kPhase;
+        if (0 <= j && j < kSpanW) value[j] = widen(vector.element[e]);
+      }
+    }
+  }
+}
+
+// All outputs of a patch. `source` is the element of x of the first output's first tap, at (row, column); neither need
+// exist. Every row of x that the patch needs is loaded once and meets all the outputs that need it.
+__device__ __forceinline__ void convolve(const Parameters& g, const T* source, int row, int column,
+                                         const Sum (&weight)[kR][kS], Sum (&sum)[kRows][kColumns]) {
+  const int unit_h = kDilated ? g.dilation_h : 1;
+  const int unit_w = kDilated ? g.dilation_w : 1;
+  bool vector_within[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+    vector_within[v] = !kPadded || within(column + (v * kVector - kPhase) * unit_w, g.W);
 #pragma unroll
   for (int i = 0; i < kSpanH; ++i) {
-    const bool row_within = !kPadded || within(taps.row + i, g.H);
     Sum value[kSpanW];
-#pragma unroll
-    for (int j = 0; j < kSpanW; ++j)
-      value[j] = row_within && column_within[j] ? widen(taps.source[i * g.W + j]) : Sum(0);
+    load_row(source, !kPadded || within(row, g.H), vector_within, unit_w, value);
+    source += unit_h * g.W;
+    row += unit_h;
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       if (i < r || (i - r) % kStrideH != 0 || (i - r) / kStrideH >= kRows) continue;
@@ -82,120 +136,111 @@ __device__ __forceinline__ void slide(const Parameters& g, const Taps& taps, con
   }
 }
 
-// Every tap of every output is loaded by itself.
-__device__ __forceinline__ void gather(const Parameters& g, const Taps& taps, const Sum (&weight)[kR][kS],
-                                       Sum (&sum)[kRows][kColumns]) {
-#pragma unroll
-  for (int s = 0; s < kS; ++s) {
-    const int j = s * g.dilation_w;
-    const bool column_within = !kPadded || within(taps.column + j, g.W);
-#pragma unroll
-    for (int r = 0; r < kR; ++r) {
-#pragma unroll
-      for (int t = 0; t < kRows; ++t) {
-        const int i = t * g.stride_h + r * g.dilation_h;
-        const bool row_within = !kPadded || within(taps.row + i, g.H);
-        const Sum value = row_within && column_within ? widen(taps.source[i * g.W + j]) : Sum(0);
-        sum[t][0] = fma(value, weight[r][s], sum[t][0]);
-      }
-    }
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads)
     depthwise_forward_runs(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
-  __shared__ uint64 full[kMaxStages];
+  __shared__ uint64 full[kStages];
   const int thread = static_cast<int>(threadIdx.x);
-  const int row_group = static_cast<int>(blockIdx.x) % g.row_groups;
-  const int plane_group = static_cast<int>(blockIdx.x) / g.row_groups % g.plane_groups;
-  const int first_image = static_cast<int>(blockIdx.x) / g.row_groups / g.plane_groups * g.block_images;
-  const int last_image = min(first_image + g.block_images, g.images);
+  const int first_image = static_cast<int>(blockIdx.z) * g.block_images;
+  const int images = min(g.block_images, g.images - first_image);
 
-  // The output rows [p0, p0 + rows) of planes k0 ... need the input rows [low, high), where they exist.
-  const int p0 = row_group * g.block_rows;
+  // The output rows [p0, p0 + rows) of planes [k0, k0 + planes) of every image need the input rows [low, high) of planes
+  // from c0 on, where they exist.
+  const int p0 = static_cast<int>(blockIdx.x) * g.block_rows;
   const int rows = min(g.block_rows, g.P - p0);
-  const int k0 = plane_group * g.block_planes;
+  const int k0 = static_cast<int>(blockIdx.y) * g.block_planes;
+  const int c0 = input_plane_of(k0, g);
   const int top_row = p0 * g.stride_h - g.top;
   const int low = min(max(top_row, 0), g.H);
   const int high = max(low, min(g.H, top_row + (rows - 1) * g.stride_h + (kR - 1) * g.dilation_h + 1));
   const int64 input_plane = static_cast<int64>(g.H) * g.W;
   const int64 output_plane = static_cast<int64>(g.P) * g.Q;
+  const int64 input_image = input_plane_of(g.image_planes, g) * input_plane;
+  const int64 output_image = g.image_planes * output_plane;
+  const T* const x_run = x + first_image * input_image + c0 * input_plane + static_cast<int64>(low) * g.W;
+  T* const y_run = y + first_image * output_image + k0 * output_plane + static_cast<int64>(p0) * g.Q;
 
-  const auto planes_of = [&](int image) {
-    const int64 left = g.total_planes - static_cast<int64>(image) * g.image_planes - k0;
-    return static_cast<int>(min(static_cast<int64>(min(g.block_planes, g.image_planes - k0)), max(left, int64(0))));
+  const auto planes_of = [&](int turn) {
+    const int image_planes = first_image + turn == g.images - 1 ? g.last_image_planes : g.image_planes;
+    return min(g.block_planes, image_planes - k0);
   };
-  const auto input_of = [&](int image) {
-    const int planes = planes_of(image);
-    const int64 plane = static_cast<int64>(image) * (g.image_planes / g.multiplier) + k0 / g.multiplier;
-    const int64 others = (k0 + planes - 1) / g.multiplier - k0 / g.multiplier;
-    const int64 count = planes == 0 ? 0 : others * input_plane + (high - low) * g.W;
-    return Run<const T>(x + plane * input_plane + static_cast<int64>(low) * g.W, static_cast<int>(count),
-                        shared + (image - first_image) % g.stages * g.input_bytes);
-  };
-  const auto output_of = [&](int image) {
-    const int planes = planes_of(image);
-    const int64 plane = static_cast<int64>(image) * g.image_planes + k0;
-    const int64 count = planes == 0 ? 0 : (planes - 1) * output_plane + rows * g.Q;
-    return Run<T>(y + plane * output_plane + static_cast<int64>(p0) * g.Q, static_cast<int>(count),
-                  shared + g.stages * g.input_bytes + (image - first_image) % g.stages * g.output_bytes);
+  const auto load = [&](int turn) {
+    const int others = input_plane_of(k0 + planes_of(turn) - 1, g) - c0;
+    const Run<const T> run(x_run + turn * input_image, static_cast<int>(others * input_plane) + (high - low) * g.W,
+                           shared + turn % kStages * g.input_bytes);
+    load_run(run, &full[turn % kStages], thread);
   };
 
   if (thread < kWarp) {
     if (thread == 0)
-      for (int stage = 0; stage < g.stages; ++stage) ptx::barrier_init(&full[stage], kWarp);
+      for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&full[stage], kWarp);
     __syncwarp();
-    for (int stage = 0; stage < g.stages && first_image + stage < last_image; ++stage)
-      load_run(input_of(first_image + stage), &full[stage], thread);
+    for (int turn = 0; turn < kStages; ++turn)
+      if (turn < images) load(turn);
   }
 
-  // A thread's part of the block's output stays the same in every image: items `item`, `item + step`, ... of a plane.
-  const int column_items = (g.Q + kColumns - 1) / kColumns;
-  const int items = (rows + kRows - 1) / kRows * column_items;
+  // A thread's part of the block's output stays the same in every image: patches `item`, `item + step`, ... of a plane.
+  const int items = g.row_items * g.column_items;
   const bool whole = g.block_planes > 1;
-  const int plane = whole ? thread / items : 0;
-  const int first_item = whole ? thread % items : thread;
+  const int plane = whole ? divide(thread, g.items_magic) : 0;
+  const int first_item = thread - plane * items;
   const int step = whole ? items : kThreads;
-  const int k = min(k0 + plane, g.image_planes - 1) % g.K;
-  const int64 plane_offset = ((k0 + plane) / g.multiplier - k0 / g.multiplier) * input_plane;
+  const int k = k0 + min(plane, g.block_planes - 1);
+  const int channel = min(k - divide(k, g.K_magic) * g.K, g.K - 1);
+  const int plane_offset = static_cast<int>((input_plane_of(k0 + plane, g) - c0) * input_plane);
 
   Sum weight[kR][kS];
 #pragma unroll
   for (int r = 0; r < kR; ++r)
 #pragma unroll
-    for (int s = 0; s < kS; ++s) weight[r][s] = widen(w[(static_cast<int64>(k) * kR + r) * kS + s]);
-  const Sum start = bias == nullptr ? Sum(0) : widen(bias[k]);
+    for (int s = 0; s < kS; ++s) weight[r][s] = widen(w[(static_cast<int64>(channel) * kR + r) * kS + s]);
+  const Sum start = bias == nullptr ? Sum(0) : widen(bias[channel]);
   __syncthreads();
 
-  for (int image = first_image; image < last_image; ++image) {
-    const int turn = image - first_image;
-    const Run<const T> input = input_of(image);
-    const Run<T> output = output_of(image);
-    ptx::barrier_wait(&full[turn % g.stages], turn / g.stages % 2);
+  for (int turn = 0; turn < images; ++turn) {
+    const T* const input = run_in_shared(x_run + turn * input_image, shared + turn % kStages * g.input_bytes);
+    unsigned char* const buffer = shared + kStages * g.input_bytes + turn % kStages * g.output_bytes;
+    T* const output = run_in_shared(y_run + turn * output_image, buffer);
+    ptx::barrier_wait(&full[turn % kStages], turn / kStages % 2);
 
-    if (plane < planes_of(image)) {
+    if (plane < planes_of(turn)) {
       for (int item = first_item; item < items; item += step) {
-        const int p = item / column_items * kRows;
-        const int q = item % column_items * kColumns;
+        int p = divide(item, g.column_items_magic);
+        int q = item - p * g.column_items;
+        if constexpr (kDilated) {
+          const int row_group = divide(p, g.spacing_h_magic);
+          const int column_group = divide(q, g.spacing_w_magic);
+          p += row_group * (kRows - 1) * g.spacing_h;
+          q += column_group * (kColumns - 1) * g.spacing_w;
+        } else {
+          p *= kRows;
+          q *= kColumns;
+        }
+        const int spacing_h = kDilated ? g.spacing_h : 1;
+        const int spacing_w = kDilated ? g.spacing_w : 1;
         const int row = top_row + p * g.stride_h;
         const int column = q * g.stride_w - g.left;
-        const Taps taps{input.shared + plane_offset + (row - low) * g.W + column, row, column};
         Sum sum[kRows][kColumns];
 #pragma unroll
         for (int t = 0; t < kRows; ++t)
 #pragma unroll
           for (int v = 0; v < kColumns; ++v) sum[t][v] = start;
-        if constexpr (kSlide)
-          slide(g, taps, weight, sum);
-        else
-          gather(g, taps, weight, sum);
-        T* const result = output.shared + plane * output_plane + p * g.Q + q;
+        convolve(g, input + plane_offset + (row - low) * g.W + column, row, column, weight, sum);
+
+        T* result = output + plane * static_cast<int>(output_plane) + p * g.Q + q;
 #pragma unroll
-        for (int t = 0; t < kRows; ++t)
+        for (int t = 0; t < kRows; ++t) {
 #pragma unroll
-          for (int v = 0; v < kColumns; ++v)
-            if (p + t < rows && q + v < g.Q) result[t * g.Q + v] = narrow<T>(sum[t][v]);
+          for (int v = 0; v < kColumns; v += kOutVector) {
+            if (p >= rows || q + v * spacing_w >= g.Q) continue;
+            Vector<T, kOutVector> vector;
+#pragma unroll
+            for (int e = 0; e < kOutVector; ++e) vector.element[e] = narrow<T>(sum[t][v + e]);
+            store_vector(result + v * spacing_w, vector);
+          }
+          p += spacing_h;
+          result += spacing_h * g.Q;
+        }
       }
     }
 
@@ -204,8 +249,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     ptx::fence_shared_for_bulk();
     __syncthreads();
     if (thread < kWarp) {
-      store_run(output, thread);
-      if (image + g.stages < last_image) load_run(input_of(image + g.stages), &full[turn % g.stages], thread);
+      const int count = static_cast<int>((planes_of(turn) - 1) * output_plane) + rows * g.Q;
+      store_run(Run<T>(y_run + turn * output_image, count, buffer), thread);
+      if (turn + kStages < images) load(turn + kStages);
     }
   }
   if (thread == 0) ptx::bulk_store_wait_read<0>();

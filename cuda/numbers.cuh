@@ -44,3 +44,20 @@ template <>
 __device__ __forceinline__ bf16 narrow<bf16>(float value) {
   return {ptx::float_to_bfloat16(value)};
 }
+
+// Elements that one instruction loads or stores: 2, 4, 8 or 16 bytes, or one element.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector {
+  static_assert(kCount * sizeof(T) <= 16 && (kCount & (kCount - 1)) == 0);
+  T element[kCount];
+};
+
+template <int kCount, class T>
+__device__ __forceinline__ Vector<T, kCount> load_vector(const T* source) {
+  return *reinterpret_cast<const Vector<T, kCount>*>(source);
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void store_vector(T* destination, const Vector<T, kCount>& vector) {
+  *reinterpret_cast<Vector<T, kCount>*>(destination) = vector;
+}

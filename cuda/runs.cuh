@@ -18,6 +18,12 @@ struct MutableOf<const T> {
   using type = T;
 };
 
+// Where the copy of a run that starts at `global` starts in a shared buffer.
+template <class T>
+__device__ __forceinline__ typename MutableOf<T>::type* run_in_shared(T* global, unsigned char* buffer) {
+  return reinterpret_cast<typename MutableOf<T>::type*>(buffer + reinterpret_cast<uint64>(global) % kBulkAlignment);
+}
+
 // A run at `global` and the place of its copy in a shared buffer, which needs kBulkAlignment bytes more than the run.
 template <class T>
 struct Run {
@@ -35,7 +41,7 @@ struct Run {
 
   __device__ __forceinline__ Run(T* start, int elements, unsigned char* buffer) : global(start), count(elements) {
     const int offset = static_cast<int>(reinterpret_cast<uint64>(start) % kBulkAlignment);
-    shared = reinterpret_cast<Element*>(buffer + offset);
+    shared = run_in_shared(start, buffer);
     head = min(count, (kBulkAlignment - offset) % kBulkAlignment / static_cast<int>(sizeof(T)));
     middle = (count - head) / kPerVector * kPerVector;
   }

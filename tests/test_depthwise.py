@@ -105,7 +105,8 @@ def test_several_images_a_block(device, rng):
     geometry = cuconv.geometry.depthwise_geometry(x, w, padding=1)
     tiles = {
         tile.block_images: tile
-        for tile in plan._runs_tiles(geometry, "float32", device.target.shared_per_block // 2)
+        for patch in plan._runs_patches(geometry, "float32", aligned=True)
+        for tile in plan._runs_tiles(geometry, "float32", patch, device.target.shared_per_block // 2)
         if tile.block_planes > 1
     }
     assert set(tiles) == {1, 2, 4, 8}

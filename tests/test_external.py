@@ -11,7 +11,7 @@ import pytest
 
 import cuconv
 from cuconv.geometry import depthwise_geometry
-from cuconv.plan import MAX_GRID, Target, depthwise_forward
+from cuconv.plan import MAX_GRID, depthwise_forward
 
 TARGETS = {f"sm_{number}": cuconv.plan.TARGETS[number] for number in (90, 75)}
 

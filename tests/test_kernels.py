@@ -41,7 +41,7 @@ def test_compiles_without_spills_within_the_register_budget(case, architecture):
 
 
 def test_a_compile_error_names_variant_architecture_and_log():
-    broken = plan.Plan("depthwise_forward_direct", (("T", "f32"), ("INDEX", "no_such_type")), 1, 32, 0, ())
+    broken = plan.Plan("depthwise_forward_direct", (("T", "f32"), ("INDEX", "no_such_type")), (1, 1, 1), 32, 0, ())
     with pytest.raises(RuntimeError, match=r"(?s)depthwise_forward_direct.*sm_80.*NVRTC.*no_such_type"):
         kernels.compile_only(broken, "sm_80")
 
