@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import interop, kernels, plan, reference
-from .geometry import check_out, depthwise_geometry
+from .geometry import check_dtype, check_out, depthwise_geometry
 
 
 def depthwise_conv2d(
@@ -71,14 +71,14 @@ def depthwise_conv2d(
     # 1. Check.
     module = interop.array_module(x=x, w=w, bias=bias, out=out)
     geometry = depthwise_geometry(x, w, bias, stride=stride, padding=padding, dilation=dilation)
+    device = None if module is np else interop.one_device(x=x, w=w, bias=bias, out=out)
     if out is not None:
         check_out(out, geometry.y_shape, x.dtype)
         for name, array in (("x", x), ("w", w), ("bias", bias)):
             if array is not None and interop.share_memory(out, array):
                 raise ValueError(f"out must not overlap an input, and shares memory with {name}")
-    if module is np:
+    if device is None:
         return reference.depthwise_conv2d(x, w, bias, geometry, out)
-    device = interop.one_device(x=x, w=w, bias=bias, out=out)
     with device:
         if geometry.N == 0:
             return module.empty(geometry.y_shape, x.dtype) if out is None else out
@@ -89,7 +89,7 @@ def depthwise_conv2d(
         # 3. Plan.
         aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
         target = kernels.target(device.id)
-        chosen = plan.depthwise_forward(geometry, x.dtype.name, target, plan.forced_variant(), aligned)
+        chosen = plan.depthwise_forward(geometry, check_dtype("x", x), target, plan.forced_variant(), aligned)
         # 4. Kernel.
         kernel = kernels.load(chosen, device.id)
         # 5. Launch.

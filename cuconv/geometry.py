@@ -96,24 +96,34 @@ def depthwise_geometry(
 
 def check_dtype(name: str, array: Any) -> str:
     """The name of array's dtype, if it is one of DTYPES in the machine's byte order; a TypeError otherwise."""
-    dtype = array.dtype
-    if dtype.name not in DTYPES or not dtype.isnative:
-        order = "" if dtype.isnative else " in foreign byte order"
-        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, and is {dtype}{order}")
-    return str(dtype.name)
+    known = _dtype_name(array.dtype)
+    if known is None:
+        order = "" if array.dtype.isnative else " in foreign byte order"
+        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, and is {array.dtype}{order}")
+    return known
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: Any) -> str | None:
+    # NumPy makes a dtype's name anew each time it is asked, which takes longer than the rest of the check.
+    return dtype.name if dtype.isnative and dtype.name in DTYPES else None
 
 
 def check_out(out: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """Refuse an out= whose shape or dtype is not the result's, or whose elements share memory with each other."""
+    """Refuse an out= of another shape or dtype than the result's, a read-only one, and one that may overlap itself."""
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have the result's shape, {shape}, and has {tuple(out.shape)}")
     if out.dtype != dtype:
         raise TypeError(f"out must have x's dtype, {dtype}, and has {out.dtype}")
+    if not getattr(out.flags, "writeable", True):
+        raise ValueError("out must be writeable, and is read-only")
     reach = out.dtype.itemsize
     for extent, step in sorted(zip(out.shape, out.strides, strict=True), key=lambda axis: abs(axis[1])):
         if extent > 1 and out.size:
             if abs(step) < reach:
-                raise ValueError(f"out must not overlap itself: its strides are {out.strides} for shape {out.shape}")
+                raise ValueError(
+                    f"out's strides must keep its elements apart, axis by axis, and are {out.strides} for {out.shape}"
+                )
             reach = abs(step) * (extent - 1) + reach
 
 
@@ -139,7 +149,7 @@ def _depthwise_geometry(
     padding = _resolve_padding(padding, (R, S), stride, dilation)
     P = _output_extent("height", H, R, stride[0], padding[0], dilation[0])
     Q = _output_extent("width", W, S, stride[1], padding[1], dilation[1])
-    for name, shape in (("x", x_shape), ("the result", (N, K, P, Q))):
+    for name, shape in (("x", x_shape), ("w", w_shape), ("the result", (N, K, P, Q))):
         elements = shape[0] * shape[1] * shape[2] * shape[3]
         if elements > MAX_ELEMENTS:
             raise ValueError(f"{name} must have fewer than 2**40 elements, and has {elements}: {shape}")

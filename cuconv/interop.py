@@ -42,7 +42,9 @@ def _owner(name: str, array: Any) -> ModuleType:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy
-    if isinstance(array, np.ndarray):
+    # A masked array is one of NumPy's, and its mask would be lost in silence.
+    masked = sys.modules.get("numpy.ma")
+    if isinstance(array, np.ndarray) and not (masked and isinstance(array, masked.MaskedArray)):
         return np
     given = f"{type(array).__module__}.{type(array).__qualname__}"
     raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, and is a {given}")

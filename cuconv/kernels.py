@@ -84,7 +84,9 @@ def compile_only(plan: Plan, architecture: str) -> Resources:
 
     program = nvrtc.createProgram(flatten(plan.source, plan.defines), f"{plan.source}.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (f"-arch={architecture}", "--ptxas-options=-v", "--no-cache", "-ftz=true", *_OPTIONS))
+        nvrtc.compileProgram(
+            program, (f"-arch={architecture}", "--ptxas-options=-v", "--no-cache", "-ftz=true", *_OPTIONS)
+        )
     except nvrtc.NVRTCError as error:
         version = ".".join(map(str, nvrtc.getVersion()))
         log = nvrtc.getProgramLog(program)

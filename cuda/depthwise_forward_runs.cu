@@ -88,21 +88,21 @@ __device__ __forceinline__ void load_row(const T* source, bool row_within, const
     for (int j = 0; j < kSpanW; ++j) value[j] = Sum(0);
 #pragma unroll
     for (int column = 0; column < kWidth; column += kVector) {
-      const Vector<T, kVector> vector = row_within ? load_vector<kVector>(source + kLeft + column) : Vector<T, kVector>{};
+      Sum vector[kVector];
+      load_widened<kVector>(source + kLeft + column, row_within, vector);
 #pragma unroll
       for (int e = 0; e < kVector; ++e)
-        if (column + e + kLeft < kSpanW) value[column + e + kLeft] = widen(vector.element[e]);
+        if (column + e + kLeft < kSpanW) value[column + e + kLeft] = vector[e];
     }
   } else {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const bool inside = row_within && vector_within[v];
-      const Vector<T, kVector> vector =
-          inside ? load_vector<kVector>(source + (v * kVector - kPhase) * unit) : Vector<T, kVector>{};
+      Sum vector[kVector];
+      load_widened<kVector>(source + (v * kVector - kPhase) * unit, row_within && vector_within[v], vector);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
         const int j = v * kVector + e - kPhase;
-        if (0 <= j && j < kSpanW) value[j] = widen(vector.element[e]);
+        if (0 <= j && j < kSpanW) value[j] = vector[e];
       }
     }
   }
@@ -232,11 +232,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         for (int t = 0; t < kRows; ++t) {
 #pragma unroll
           for (int v = 0; v < kColumns; v += kOutVector) {
-            if (p >= rows || q + v * spacing_w >= g.Q) continue;
-            Vector<T, kOutVector> vector;
-#pragma unroll
-            for (int e = 0; e < kOutVector; ++e) vector.element[e] = narrow<T>(sum[t][v + e]);
-            store_vector(result + v * spacing_w, vector);
+            if (p < rows && q + v * spacing_w < g.Q) store_narrowed<kOutVector>(result + v * spacing_w, &sum[t][v]);
           }
           p += spacing_h;
           result += spacing_h * g.Q;

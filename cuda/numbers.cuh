@@ -45,19 +45,60 @@ __device__ __forceinline__ bf16 narrow<bf16>(float value) {
   return {ptx::float_to_bfloat16(value)};
 }
 
-// Elements that one instruction loads or stores: 2, 4, 8 or 16 bytes, or one element.
-template <class T, int kCount>
-struct alignas(kCount * sizeof(T)) Vector {
-  static_assert(kCount * sizeof(T) <= 16 && (kCount & (kCount - 1)) == 0);
-  T element[kCount];
-};
-
-template <int kCount, class T>
-__device__ __forceinline__ Vector<T, kCount> load_vector(const T* source) {
-  return *reinterpret_cast<const Vector<T, kCount>*>(source);
+__device__ __forceinline__ void widen_pair(f16, uint32 pair, float& lower, float& upper) {
+  ptx::half_pair_to_floats(pair, lower, upper);
+}
+__device__ __forceinline__ void widen_pair(bf16, uint32 pair, float& lower, float& upper) {
+  ptx::bfloat16_pair_to_floats(pair, lower, upper);
+}
+__device__ __forceinline__ uint32 narrow_pair(f16, float lower, float upper) {
+  return ptx::floats_to_half_pair(lower, upper);
+}
+__device__ __forceinline__ uint32 narrow_pair(bf16, float lower, float upper) {
+  return ptx::floats_to_bfloat16_pair(lower, upper);
 }
 
+// What one instruction loads or stores: 2, 4, 8 or 16 bytes.
+template <class Piece, int kCount>
+struct alignas(kCount * sizeof(Piece)) Vector {
+  static_assert(kCount * sizeof(Piece) <= 16 && (kCount & (kCount - 1)) == 0);
+  Piece piece[kCount];
+};
+
+// 16-bit elements are moved and converted in pairs where there are two.
+template <class T, int kCount>
+constexpr bool kInPairs = sizeof(T) == 2 && kCount % 2 == 0;
+
+// kCount elements, widened, or zeros where `present` is false; `source` is a multiple of kCount elements.
 template <int kCount, class T>
-__device__ __forceinline__ void store_vector(T* destination, const Vector<T, kCount>& vector) {
-  *reinterpret_cast<Vector<T, kCount>*>(destination) = vector;
+__device__ __forceinline__ void load_widened(const T* source, bool present, Accumulator<T> (&value)[kCount]) {
+  if constexpr (kInPairs<T, kCount>) {
+    using Words = Vector<uint32, kCount / 2>;
+    const Words words = present ? *reinterpret_cast<const Words*>(source) : Words{};
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2) widen_pair(T{}, words.piece[e / 2], value[e], value[e + 1]);
+  } else {
+    using Elements = Vector<T, kCount>;
+    const Elements elements = present ? *reinterpret_cast<const Elements*>(source) : Elements{};
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) value[e] = widen(elements.piece[e]);
+  }
+}
+
+// kCount values, narrowed; `destination` is a multiple of kCount elements.
+template <int kCount, class T>
+__device__ __forceinline__ void store_narrowed(T* destination, const Accumulator<T>* value) {
+  if constexpr (kInPairs<T, kCount>) {
+    using Words = Vector<uint32, kCount / 2>;
+    Words words;
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2) words.piece[e / 2] = narrow_pair(T{}, value[e], value[e + 1]);
+    *reinterpret_cast<Words*>(destination) = words;
+  } else {
+    using Elements = Vector<T, kCount>;
+    Elements elements;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) elements.piece[e] = narrow<T>(value[e]);
+    *reinterpret_cast<Elements*>(destination) = elements;
+  }
 }

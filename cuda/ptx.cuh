@@ -51,6 +51,43 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
+// Two halves of a word, the lower one first; one conversion each, without taking the word apart.
+__device__ __forceinline__ void half_pair_to_floats(uint32 pair, float& lower, float& upper) {
+  asm("{\n"
+      ".reg .f16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}"
+      : "=f"(lower), "=f"(upper)
+      : "r"(pair));
+}
+
+__device__ __forceinline__ void bfloat16_pair_to_floats(uint32 pair, float& lower, float& upper) {
+  lower = __uint_as_float(pair << 16);
+  upper = __uint_as_float(pair & 0xffff0000u);
+}
+
+__device__ __forceinline__ uint32 floats_to_half_pair(float lower, float upper) {
+#if __CUDA_ARCH__ >= 800
+  uint32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  return pair;
+#else
+  return float_to_half(lower) | static_cast<uint32>(float_to_half(upper)) << 16;
+#endif
+}
+
+__device__ __forceinline__ uint32 floats_to_bfloat16_pair(float lower, float upper) {
+#if __CUDA_ARCH__ >= 800
+  uint32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  return pair;
+#else
+  return float_to_bfloat16(lower) | static_cast<uint32>(float_to_bfloat16(upper)) << 16;
+#endif
+}
+
 #if __CUDA_ARCH__ >= 900
 
 // Makes a barrier that completes a phase after `arrivals` arrivals and the bytes that they announced, and shows it to

@@ -355,7 +355,17 @@ def test_out_between_the_elements_of_an_input():
 def test_out_over_itself(strides):
     out = as_strided(np.zeros(1000, np.float32)[500:], (2, 3, 2, 3), strides)
     x, w = np.ones((2, 3, 2, 3), np.float32), np.ones((3, 1, 1, 1), np.float32)
-    with pytest.raises(ValueError, match="out must not overlap itself") as caught:
+    with pytest.raises(ValueError, match="out's strides must keep its elements apart") as caught:
         cuconv.depthwise_conv2d(x, w, out=out)
     assert str(strides) in str(caught.value)
     assert not out.any()
+
+
+def test_a_read_only_out_and_a_masked_array_are_refused():
+    x, w = np.ones((1, 1, 4, 5), np.float32), np.ones((1, 1, 2, 2), np.float32)
+    out = np.empty((1, 1, 3, 4), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writeable"):
+        cuconv.depthwise_conv2d(x, w, out=out)
+    with pytest.raises(TypeError, match=r"x must be a numpy.ndarray.*MaskedArray"):
+        cuconv.depthwise_conv2d(np.ma.masked_array(x), w)

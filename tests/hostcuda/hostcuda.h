@@ -145,6 +145,21 @@ inline uint16 float_to_bfloat16(float value) {
   return uint16((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
 
+inline void half_pair_to_floats(uint32 pair, float& lower, float& upper) {
+  lower = half_to_float(uint16(pair));
+  upper = half_to_float(uint16(pair >> 16));
+}
+inline void bfloat16_pair_to_floats(uint32 pair, float& lower, float& upper) {
+  lower = bfloat16_to_float(uint16(pair));
+  upper = bfloat16_to_float(uint16(pair >> 16));
+}
+inline uint32 floats_to_half_pair(float lower, float upper) {
+  return float_to_half(lower) | uint32(float_to_half(upper)) << 16;
+}
+inline uint32 floats_to_bfloat16_pair(float lower, float upper) {
+  return float_to_bfloat16(lower) | uint32(float_to_bfloat16(upper)) << 16;
+}
+
 #if __CUDA_ARCH__ >= 900
 
 inline void barrier_init(uint64* barrier, uint32 arrivals, int line = __builtin_LINE()) {
