@@ -12,6 +12,8 @@ from test_plan import geometry  # noqa: E402
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 # Sums, weights and a row of input live in registers; more than this a thread, and too few warps fit a multiprocessor.
 REGISTER_BUDGET = 168
+# A sum in float64 takes two of them.
+REGISTER_BUDGET_FLOAT64 = 200
 # Bytes a thread: under NVRTC 13.4, 7x7 in bfloat16 keeps one of its 49 weights in memory, written and read once.
 SPILL_BUDGET = {"7x7": 8}
 
@@ -37,7 +39,8 @@ def test_compiles_within_the_budget_of_registers_and_spills(case, architecture):
         resources = kernels.compile_only(chosen, architecture)
         spilled = resources.spill_bytes
         assert spilled <= SPILL_BUDGET.get(case, 0), f"{chosen} spills {spilled} bytes on {architecture}"
-        assert resources.registers <= REGISTER_BUDGET, f"{chosen} takes {resources.registers} on {architecture}"
+        budget = REGISTER_BUDGET_FLOAT64 if dtype == "float64" else REGISTER_BUDGET
+        assert resources.registers <= budget, f"{chosen} takes {resources.registers} on {architecture}"
 
 
 def test_a_compile_error_names_variant_architecture_and_log():
