@@ -21,7 +21,7 @@ from cuconv.cases import Case
 
 from . import peers, report
 from .cases import CASE_NAMES, DTYPES, LAYOUTS, selected
-from .passes import PASSES
+from .passes import PASSES, has_pass
 
 _PACKAGES = ("cuconv", "numpy", "cupy", "ml_dtypes", "torch", "jax")
 _QUICK_CASES = ("kb82", "mbv1_14", "b1_14")
@@ -40,15 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.cases, options.dtypes = options.cases or list(_QUICK_CASES), options.dtypes or ["float32"]
         options.peers = False
     cases = selected(options.cases or CASE_NAMES, options.dtypes or list(DTYPES))
-    todo = [
-        (op, name, case, dtype, layout)
-        for op, name in PASSES
-        if name in options.passes
-        for case, dtype in cases
-        for layout in LAYOUTS
-    ]
+    todo = to_measure(options.passes, cases)
     result = run(todo, peers.NAMES if options.peers else (), options.variant, options.peer_seconds)
-    print(report.markdown(result))
+    print(report.markdown(result, options.name))
     report.write(result, options.out, options.name)
     wrong = [row for row in result["rows"] if not row["right"]]
     for row in wrong:
@@ -64,9 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--cases", nargs="+", metavar="CASE", choices=CASE_NAMES, help=f"of {cases}; a name brings its +bias along")
     add("--dtypes", nargs="+", choices=DTYPES)
     add("--passes", nargs="+", choices=passes, default=passes)
-    add("--variant", choices=list(plan.DEPTHWISE_FORWARD), help="force a kernel; what it cannot run is left out")
+    add("--variant", choices=plan.VARIANTS, help="force a kernel; what it cannot run is left out")
     add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch and JAX too")
-    add("--peer-seconds", type=float, default=120, help="time a peer until it took that long, compiling included")
+    add(
+        "--peer-seconds",
+        type=float,
+        default=120,
+        help="time a peer until it took that long in a pass, compiling included",
+    )
     add("--quick", action="store_true", help=f"{', '.join(_QUICK_CASES)} in float32, no peers")
     add("--out", type=Path, default=report.ROOT / "benchmarks" / "results", metavar="FOLDER")
     add("--name", default="latest", help="of the files written, such as h200")
@@ -77,11 +76,23 @@ def _parser() -> argparse.ArgumentParser:
 Todo = tuple[str, str, Case, str, str]
 
 
+def to_measure(passes: Sequence[str], cases: Sequence[tuple[Case, str]]) -> list[Todo]:
+    """Every (case, dtype) in each of the passes, where it has a result of its own."""
+    return [
+        (op, name, case, dtype, layout)
+        for op, name in PASSES
+        if name in passes
+        for case, dtype in cases
+        if has_pass(case, name)
+        for layout in LAYOUTS
+    ]
+
+
 def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, peer_seconds: float) -> report.Result:
     """Measure every (operator, pass, case, dtype, layout) on the current GPU."""
     from tqdm import tqdm
 
-    budget = dict.fromkeys(peer_names, peer_seconds)
+    budgets = {name: dict.fromkeys(peer_names, peer_seconds) for _, name, *_ in todo}
     rows = []
     forced = contextlib.nullcontext() if variant is None else plan.variant(variant)
     with measure.Timer() as timer, forced:
@@ -89,7 +100,7 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
         # A bar on a terminal, nothing elsewhere.
         bar = tqdm(todo, disable=None, unit="row")
         for op, name, case, dtype, layout in bar:
-            bar.set_postfix_str(f"{case.name} {dtype}")
+            bar.set_postfix_str(f"{case.name} {name} {dtype}")
             row: report.Row = {
                 "case": case.name,
                 "op": op,
@@ -103,13 +114,13 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
                 "peers": {},
             }
             try:
-                _measure(row, case, timer, budget)
+                _measure(row, case, timer, budgets[name])
             except plan.Unsuitable as reason:
-                tqdm.write(f"{case.name} {dtype}: left out: {reason}")
+                tqdm.write(f"{case.name} {name} {dtype}: left out: {reason}")
                 continue
             except Exception as error:  # the other rows are worth having; this one fails the run
                 row["right"] = False
-                tqdm.write(f"{case.name} {dtype}: {type(error).__name__}: {error}")
+                tqdm.write(f"{case.name} {name} {dtype}: {type(error).__name__}: {error}")
             rows.append(row)
             _release()
     return {
@@ -134,20 +145,20 @@ def _measure(row: report.Row, case: Case, timer: measure.Timer, budget: dict[str
     error = work.check()
     row["kernel"], row["right"] = work.kernel, error <= 1
     row["error"] = error if math.isfinite(error) else None
-    row["ms"] = timer.ms(work.launch, work.buffers)
+    row["ms"] = timer.ms(work.launch, len(work.inputs))
     row["floor_ms"] = measure.floor_ms(work.bytes, timer.copy_bandwidth)
     row["percent_of_floor"] = 100 * row["floor_ms"] / row["ms"]
     for peer in filter(budget.__contains__, work.peers):
         row["peers"][peer] = None
         if budget[peer] <= 0:
-            tqdm.write(f"{case.name} {row['dtype']}: {peer} left out, its time is spent")
+            tqdm.write(f"{case.name} {row['pass']} {row['dtype']}: {peer} left out, its time is spent")
             continue
         _release()
         start = time.perf_counter()
         try:
             row["peers"][peer] = work.peers[peer](timer)
         except Exception as problem:  # whatever a framework may raise: said, and the row goes on without it
-            tqdm.write(f"{case.name} {row['dtype']}: {peer}: {type(problem).__name__}: {problem}")
+            tqdm.write(f"{case.name} {row['pass']} {row['dtype']}: {peer}: {type(problem).__name__}: {problem}")
         budget[peer] -= time.perf_counter() - start
 
 

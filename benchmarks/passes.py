@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cuconv import depthwise_conv2d, kernels, measure, plan
+from cuconv import depthwise_conv2d, depthwise_conv2d_dgrad, kernels, measure, plan
 from cuconv.cases import Case
 
 from . import peers
@@ -18,45 +19,92 @@ from .peers import Peer
 
 @dataclass(frozen=True)
 class Work:
-    """One case in one dtype and layout, ready to run: launch(i) works on the i-th of `buffers` sets of arrays."""
+    """One case in one dtype and layout, ready to run: run and error take an input and an output."""
 
-    launch: Callable[[int], Any]
-    check: Callable[[], float]
-    buffers: int
-    bytes: int
+    inputs: list[Any]
+    outputs: list[Any]
+    weights: list[Any]
+    run: Callable[[Any, Any], Any]
+    error: Callable[[Any, Any], float]
     kernel: str
     peers: dict[str, Peer]
 
+    def launch(self, i: int) -> None:
+        self.run(self.inputs[i], self.outputs[i])
+
+    def check(self) -> float:
+        measure.poison(self.outputs[0])
+        self.launch(0)
+        return self.error(self.inputs[0], self.outputs[0])
+
+    @property
+    def bytes(self) -> int:
+        """What one launch reads and writes, each once."""
+        return sum(array.nbytes for array in (self.inputs[0], self.outputs[0], *self.weights))
+
 
 def depthwise_forward(case: Case, dtype: str, layout: str, timer: measure.Timer) -> Work:
+    geometry = case.geometry
+    w = _random(geometry.w_shape, dtype, 1)
+    bias = _random((geometry.K,), dtype, 2) if case.bias else None
+    xs, ys = _buffers(geometry.x_shape, geometry.y_shape, dtype, layout, timer)
+    return Work(
+        inputs=xs,
+        outputs=ys,
+        weights=[w] if bias is None else [w, bias],
+        run=lambda x, y: depthwise_conv2d(x, w, bias, out=y, **case.options),
+        error=lambda x, y: measure.slice_error(y, x, w, bias, geometry),
+        kernel=plan.depthwise_forward(geometry, dtype, kernels.target(w.device.id), plan.forced_variant()).source,
+        peers=peers.forward(case, xs, w, bias),
+    )
+
+
+def depthwise_dgrad(case: Case, dtype: str, layout: str, timer: measure.Timer) -> Work:
+    geometry = case.geometry
+    w = _random(geometry.w_shape, dtype, 1)
+    dys, dxs = _buffers(geometry.y_shape, geometry.x_shape, dtype, layout, timer)
+    return Work(
+        inputs=dys,
+        outputs=dxs,
+        weights=[w],
+        run=lambda dy, dx: depthwise_conv2d_dgrad(dy, w, geometry.x_shape, out=dx, **case.options),
+        error=lambda dy, dx: measure.dgrad_slice_error(dx, dy, w, geometry),
+        kernel=plan.depthwise_dgrad(geometry, dtype, kernels.target(w.device.id), plan.forced_variant()).source,
+        peers=peers.dgrad(case, dys, w),
+    )
+
+
+def _random(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
     import cupy
 
-    geometry, order = case.geometry, LAYOUTS[layout]
+    return measure.random_array(shape, dtype, seed, cupy)
+
+
+def _buffers(
+    input_shape: tuple[int, ...], output_shape: tuple[int, ...], dtype: str, layout: str, timer: measure.Timer
+) -> tuple[list[Any], list[Any]]:
+    """As many inputs and outputs as the timer asks for."""
+    import cupy
+
+    order = LAYOUTS[layout]
+    numpy_dtype = measure.numpy_dtype(dtype)
 
     def in_layout(make: Callable[[list[int]], Any], shape: tuple[int, ...]) -> Any:
         return make([shape[axis] for axis in order]).transpose(*np.argsort(order).tolist())
 
-    x_shape, w_shape = case.shapes
-    w = measure.random_array(w_shape, dtype, 1, cupy)
-    bias = measure.random_array((geometry.K,), dtype, 2, cupy) if case.bias else None
-    data_bytes = (geometry.x_size + geometry.y_size) * w.itemsize + w.nbytes + (0 if bias is None else bias.nbytes)
-    buffers = timer.buffers(data_bytes)
-    xs = [in_layout(lambda shape: measure.random_array(shape, dtype, 0, cupy), x_shape) for _ in range(buffers)]
-    ys = [in_layout(lambda shape: cupy.empty(shape, w.dtype), geometry.y_shape) for _ in range(buffers)]
-
-    def launch(i: int) -> None:
-        depthwise_conv2d(xs[i], w, bias, out=ys[i], **case.options)
-
-    def check() -> float:
-        measure.poison(ys[0])
-        launch(0)
-        return measure.slice_error(ys[0], xs[0], w, bias, geometry)
-
-    chosen = plan.depthwise_forward(geometry, dtype, kernels.target(w.device.id), plan.forced_variant())
-    return Work(launch, check, buffers, data_bytes, chosen.source, peers.forward(case, xs, w, bias))
+    turns = range(timer.buffers((math.prod(input_shape) + math.prod(output_shape)) * numpy_dtype.itemsize))
+    inputs = [in_layout(lambda shape: measure.random_array(shape, dtype, 0, cupy), input_shape) for _ in turns]
+    outputs = [in_layout(lambda shape: cupy.empty(shape, numpy_dtype), output_shape) for _ in turns]
+    return inputs, outputs
 
 
 # (operator, pass): the function.
 PASSES: dict[tuple[str, str], Callable[[Case, str, str, measure.Timer], Work]] = {
     ("depthwise", "forward"): depthwise_forward,
+    ("depthwise", "dgrad"): depthwise_dgrad,
 }
+
+
+def has_pass(case: Case, name: str) -> bool:
+    """Whether the case has a result of its own in the pass: a bias has no part in the gradient of x."""
+    return name != "dgrad" or not case.bias

@@ -39,6 +39,17 @@ def forward(case: Case, xs: list[Any], w: Any, bias: Any) -> dict[str, Peer]:
     return found
 
 
+def dgrad(case: Case, dys: list[Any], w: Any) -> dict[str, Peer]:
+    """Gradients with respect to x likewise, but not by torch.compile, which makes the same call of ATen as PyTorch."""
+    found: dict[str, Peer] = {}
+    if importlib.util.find_spec("torch"):
+        found["torch"] = partial(_torch_dgrad, case, dys, w)
+        found["torch_channels_last"] = partial(_torch_dgrad, case, dys, w, channels_last=True)
+    if importlib.util.find_spec("jax"):
+        found["jax"] = partial(_jax_dgrad, case, dys, w)
+    return found
+
+
 NAMES = ("torch", "torch_channels_last", "torch_compile", "jax")
 
 
@@ -65,30 +76,62 @@ def _torch_forward(
 ) -> float:
     import torch
 
-    def tensor(array: Any) -> torch.Tensor:
-        """The same memory; bfloat16 passes as integers."""
+    def convolve(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, w, bias, **case.options, groups=case.C)
+
+    if compiled:
+        torch.compiler.reset()
+        convolve = torch.compile(convolve, dynamic=False)
+    return _torch_ms(convolve, xs, (w, bias), case.geometry.y_shape, timer, channels_last)
+
+
+def _torch_dgrad(case: Case, dys: list[Any], w: Any, timer: Timer, *, channels_last: bool = False) -> float:
+    import cupy
+    import torch
+
+    g = case.geometry
+    padding = [first for first, _ in g.padding]
+
+    def gradient(dy: torch.Tensor, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        only_dx = [True, False, False]
+        dx: torch.Tensor = torch.ops.aten.convolution_backward(
+            dy, x, w, None, g.stride, padding, g.dilation, False, [0, 0], g.C, only_dx
+        )[0]
+        return dx
+
+    # Of x only shape and layout are looked at.
+    x = cupy.empty(g.x_shape, w.dtype)
+    return _torch_ms(gradient, dys, (w, x), g.x_shape, timer, channels_last)
+
+
+def _torch_ms(
+    compute: Callable[..., Any],
+    inputs: list[Any],
+    others: tuple[Any, ...],
+    shape: tuple[int, ...],
+    timer: Timer,
+    channels_last: bool,
+) -> float:
+    """The time of compute(one of the inputs, *others), whose result has the shape."""
+    import torch
+
+    def tensor(array: Any) -> torch.Tensor | None:
+        """The same memory, or for channels_last a copy; bfloat16 passes as integers."""
+        if array is None:
+            return None
         if array.dtype.name == "bfloat16":
-            return torch.utils.dlpack.from_dlpack(array.view("int16")).view(torch.bfloat16)
-        return torch.utils.dlpack.from_dlpack(array)
+            same = torch.utils.dlpack.from_dlpack(array.view("int16")).view(torch.bfloat16)
+        else:
+            same = torch.utils.dlpack.from_dlpack(array)
+        return same.contiguous(memory_format=torch.channels_last) if channels_last and same.ndim == 4 else same
 
     with torch.cuda.stream(torch.cuda.ExternalStream(timer.stream.ptr)), torch.no_grad():
-        inputs, weight = [tensor(x) for x in xs], tensor(w)
-        offsets = None if bias is None else tensor(bias)
-        if channels_last:
-            inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-            weight = weight.contiguous(memory_format=torch.channels_last)
-
-        def convolve(x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.conv2d(x, weight, offsets, **case.options, groups=case.C)
-
-        if compiled:
-            torch.compiler.reset()
-            convolve = torch.compile(convolve, dynamic=False)
+        tensors, rest = [tensor(array) for array in inputs], [tensor(array) for array in others]
         # Results are kept until their buffer's next turn, so that they too lie in memory that is not in the cache.
-        results: list[Any] = [None] * len(xs)
+        results: list[Any] = [None] * len(inputs)
 
         def launch(i: int) -> None:
-            results[i] = convolve(inputs[i])
+            results[i] = compute(tensors[i], *rest)
 
         def capture(record: Callable[[], None]) -> Callable[[], Any]:
             # Its own capture, since CuPy's knows nothing of the memory that PyTorch allocates under way.
@@ -98,11 +141,41 @@ def _torch_forward(
             return graph.replay
 
         launch(0)
-        _check_shape(results[0].shape, case)
-        return timer.ms(launch, len(xs), capture)
+        _check_shape(results[0].shape, shape)
+        return timer.ms(launch, len(inputs), capture)
 
 
 def _jax_forward(case: Case, xs: list[Any], w: Any, bias: Any, timer: Timer) -> float:
+    def convolve(x: Any, w: Any, bias: Any) -> Any:
+        y = _jax_convolution(case, x, w)
+        return y if bias is None else y + bias[:, None, None]
+
+    return _jax_ms(convolve, xs, (w, bias), case.geometry.y_shape, timer)
+
+
+def _jax_dgrad(case: Case, dys: list[Any], w: Any, timer: Timer) -> float:
+    def gradient(dy: Any, w: Any) -> Any:
+        import jax
+
+        # What jax.vjp gives, without an x: the convolution is linear in it.
+        x = jax.ShapeDtypeStruct(case.geometry.x_shape, dy.dtype)
+        (dx,) = jax.linear_transpose(lambda x: _jax_convolution(case, x, w), x)(dy)
+        return dx
+
+    return _jax_ms(gradient, dys, (w,), case.geometry.x_shape, timer)
+
+
+def _jax_convolution(case: Case, x: Any, w: Any) -> Any:
+    import jax
+
+    g = case.geometry
+    return jax.lax.conv_general_dilated(x, w, g.stride, g.padding, rhs_dilation=g.dilation, feature_group_count=g.C)
+
+
+def _jax_ms(
+    compute: Callable[..., Any], inputs: list[Any], others: tuple[Any, ...], shape: tuple[int, ...], timer: Timer
+) -> float:
+    """As _torch_ms."""
     # Read when JAX first meets the GPU, of which it would take three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
@@ -111,41 +184,30 @@ def _jax_forward(case: Case, xs: list[Any], w: Any, bias: Any, timer: Timer) -> 
     timer.stream.synchronize()
 
     def tensor(array: Any) -> Any:
+        if array is None:
+            return None
         if array.dtype.name == "bfloat16":
             return jax.lax.bitcast_convert_type(jax.numpy.from_dlpack(array.view("int16")), jax.numpy.bfloat16)
         return jax.numpy.from_dlpack(array)
 
-    geometry = case.geometry
-
     @jax.jit
-    def convolve(xs: list[Any], w: Any, bias: Any) -> list[Any]:
-        results = [
-            jax.lax.conv_general_dilated(
-                x,
-                w,
-                geometry.stride,
-                geometry.padding,
-                rhs_dilation=geometry.dilation,
-                feature_group_count=geometry.C,
-            )
-            for x in xs
-        ]
-        return results if bias is None else [y + bias[:, None, None] for y in results]
+    def compute_all(tensors: list[Any], rest: list[Any]) -> list[Any]:
+        return [compute(one, *rest) for one in tensors]
 
-    inputs = [tensor(x) for x in xs[:_JAX_BUFFERS]], tensor(w), None if bias is None else tensor(bias)
+    arguments = [tensor(array) for array in inputs[:_JAX_BUFFERS]], [tensor(array) for array in others]
 
     def seconds(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
-            results = convolve(*inputs)
+            results = compute_all(*arguments)
         jax.block_until_ready(results)
         return (time.perf_counter() - start) / calls
 
-    _check_shape(jax.block_until_ready(convolve(*inputs))[0].shape, case)
+    _check_shape(jax.block_until_ready(compute_all(*arguments))[0].shape, shape)
     calls = min(100, max(3, int(0.05 / seconds(2))))
-    return 1000 * statistics.median(seconds(calls) for _ in range(5)) / len(inputs[0])
+    return 1000 * statistics.median(seconds(calls) for _ in range(5)) / len(arguments[0])
 
 
-def _check_shape(shape: Any, case: Case) -> None:
-    if tuple(shape) != case.geometry.y_shape:
-        raise RuntimeError(f"the peer gives {tuple(shape)}, and the result has {case.geometry.y_shape}")
+def _check_shape(shape: Any, wanted: tuple[int, ...]) -> None:
+    if tuple(shape) != wanted:
+        raise RuntimeError(f"the peer gives {tuple(shape)}, and the result has {wanted}")

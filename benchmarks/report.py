@@ -36,22 +36,45 @@ def best_peer(row: Row) -> tuple[str, float] | None:
 
 
 def write(result: Result, folder: Path, name: str) -> None:
-    """<name>.json, .md and .png in the folder."""
+    """<name>.json and .md in the folder, and a plot a pass: <name>.png of forward, <name>_<pass>.png of any other."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(markdown(result), encoding="utf-8")
-    plot(result, folder / f"{name}.png")
+    (folder / f"{name}.md").write_text(markdown(result, name), encoding="utf-8")
+    for part in _passes(result):
+        plot(result, part, folder / _plot_name(name, part))
 
 
-def markdown(result: Result) -> str:
-    """What was measured on what, and a table with a line a row."""
-    peers = list(dict.fromkeys(peer for row in result["rows"] for peer in row["peers"]))
-    header = ["case", "shape", "pass", "dtype", "layout", "kernel", "error", "floor ms", "ms", "% of floor"]
+def _passes(result: Result) -> list[str]:
+    return list(dict.fromkeys(row["pass"] for row in result["rows"]))
+
+
+def _plot_name(name: str, part: str) -> str:
+    return f"{name}.png" if part == "forward" else f"{name}_{part}.png"
+
+
+def markdown(result: Result, name: str) -> str:
+    """What was measured on what, and for every pass its plot and a table with a line a row."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in result["versions"].items())
+    return (
+        f"# {result['device']}, {result['date']}\n\n"
+        f"A device-to-device copy reads and writes {result['copy_GBps']:.0f} GB/s. The floor is every input read once "
+        f"and every output written once at that rate; error is a fraction of the bound, of which 1 is still right.\n\n"
+        f"{facts}\n- sources: `{result['sources']}`\n"
+    ) + "".join(
+        f"\n## {part}\n\n![% of floor, {part}]({_plot_name(name, part)})\n\n"
+        f"{_table([row for row in result['rows'] if row['pass'] == part])}\n"
+        for part in _passes(result)
+    )
+
+
+def _table(rows: list[Row]) -> str:
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
+    header = ["case", "shape", "operator", "dtype", "layout", "kernel", "error", "floor ms", "ms", "% of floor"]
     lines = [
         [
             row["case"],
             row["shape"],
-            f"{row['op']} {row['pass']}",
+            row["op"],
             row["dtype"],
             row["layout"],
             row["kernel"] or "-",
@@ -61,28 +84,21 @@ def markdown(result: Result) -> str:
             _number(row["percent_of_floor"], ".1f"),
             *(_number(row["peers"].get(peer), ".4f") for peer in peers),
         ]
-        for row in result["rows"]
+        for row in rows
     ]
-    facts = "\n".join(f"- {name}: {value}" for name, value in result["versions"].items())
-    return (
-        f"# {result['device']}, {result['date']}\n\n"
-        f"A device-to-device copy reads and writes {result['copy_GBps']:.0f} GB/s. The floor is every input read once "
-        f"and every output written once at that rate; error is a fraction of the bound, of which 1 is still right.\n\n"
-        f"{facts}\n- sources: `{result['sources']}`\n\n"
-        f"{table([*header, *(f'{peer} ms' for peer in peers)], lines)}\n"
-    )
+    return table([*header, *(f"{peer} ms" for peer in peers)], lines)
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def plot(result: Result, path: Path) -> None:
-    """% of floor, a panel for every dtype that most cases have, beside that of the best peer."""
+def plot(result: Result, part: str, path: Path) -> None:
+    """% of floor in one pass, a panel for every dtype that most cases have, beside that of the best peer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if row["percent_of_floor"] is not None]
+    rows = [row for row in result["rows"] if row["pass"] == part and row["percent_of_floor"] is not None]
     labels = list(dict.fromkeys(map(_label, rows)))
     dtypes = [
         dtype
@@ -115,10 +131,10 @@ def plot(result: Result, path: Path) -> None:
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     if dtypes:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"{result['device']}: longer is better, 100 is a copy of the same bytes", fontsize=11)
+    figure.suptitle(f"{result['device']}, {part}: longer is better, 100 is a copy of the same bytes", fontsize=11)
     figure.savefig(path, dpi=110)
 
 
 def _label(row: Row) -> str:
-    """The case, and what is not as usual."""
-    return " ".join([row["case"], *(row[key] for key in ("pass", "layout") if row[key] not in ("forward", "nchw"))])
+    """The case, and a layout that is not the usual one."""
+    return row["case"] if row["layout"] == "nchw" else f"{row['case']} {row['layout']}"

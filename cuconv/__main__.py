@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from types import ModuleType
 
 import numpy as np
@@ -162,9 +163,18 @@ def compile_variants(architecture: str | None) -> int:
         shared = resources.shared_bytes + chosen.shared_bytes
         values = " ".join(f"{name}={value}" for name, value in chosen.defines if name != "T")
         numbers = (resources.registers, resources.spill_bytes, chosen.block, shared)
-        rows.append([variant, dtype, values, *map(str, numbers)])
+        rows.append([chosen.source, variant, dtype, values, *map(str, numbers)])
     print(f"{len(rows)} variants for {architecture}\n")
-    header = ["variant", "dtype", "compile-time values", "registers", "spilled bytes", "threads", "shared bytes"]
+    header = [
+        "kernel",
+        "variant",
+        "dtype",
+        "compile-time values",
+        "registers",
+        "spilled bytes",
+        "threads",
+        "shared bytes",
+    ]
     print(measure.table(header, rows))
     return 0
 
@@ -176,16 +186,16 @@ def _installed(package: str) -> str:
 def _variants(target: Target) -> Iterator[tuple[str, str, Plan]]:
     """Every kernel once that the cases take on the target, left to itself or forced."""
     seen = set()
-    for variant in plan.DEPTHWISE_FORWARD:
-        for dtype in plan.DTYPES:
-            for case in (*REFERENCE_CASES, *_FURTHER_GEOMETRIES):
-                try:
-                    chosen = plan.depthwise_forward(case.geometry, dtype, target, variant)
-                except Unsuitable:
-                    continue
-                if (chosen.source, chosen.defines) not in seen:
-                    seen.add((chosen.source, chosen.defines))
-                    yield variant, dtype, chosen
+    cases = (*REFERENCE_CASES, *_FURTHER_GEOMETRIES)
+    passes = (plan.depthwise_forward, plan.depthwise_dgrad)
+    for make, variant, dtype, case in product(passes, plan.VARIANTS, plan.DTYPES, cases):
+        try:
+            chosen = make(case.geometry, dtype, target, variant)
+        except Unsuitable:
+            continue
+        if (chosen.source, chosen.defines) not in seen:
+            seen.add((chosen.source, chosen.defines))
+            yield variant, dtype, chosen
 
 
 if __name__ == "__main__":

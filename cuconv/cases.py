@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from .geometry import Conv2dGeometry, Pair, depthwise_geometry
 
 
@@ -39,8 +37,7 @@ class Case:
     @property
     def geometry(self) -> Conv2dGeometry:
         """The geometry of the depthwise part."""
-        x, w = (np.broadcast_to(np.float32(0), shape) for shape in self.shapes)
-        return depthwise_geometry(x, w, **self.options)
+        return depthwise_geometry(*self.shapes, **self.options)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import interop, kernels, plan, reference
-from .geometry import check_dtype, check_out, depthwise_geometry
+from .geometry import check_dtypes, check_out, check_shape, depthwise_geometry, shape_argument
 
 
 def depthwise_conv2d(
@@ -70,31 +70,109 @@ def depthwise_conv2d(
     """
     # 1. Check.
     module = interop.array_module(x=x, w=w, bias=bias, out=out)
-    geometry = depthwise_geometry(x, w, bias, stride=stride, padding=padding, dilation=dilation)
+    dtype = check_dtypes(x=x, w=w, bias=bias)
+    geometry = depthwise_geometry(x.shape, w.shape, stride=stride, padding=padding, dilation=dilation)
+    if bias is not None:
+        check_shape("bias", bias, (geometry.K,), "one value for each output channel")
     device = None if module is np else interop.one_device(x=x, w=w, bias=bias, out=out)
     if out is not None:
         check_out(out, geometry.y_shape, x.dtype)
-        for name, array in (("x", x), ("w", w), ("bias", bias)):
-            if array is not None and interop.share_memory(out, array):
-                raise ValueError(f"out must not overlap an input, and shares memory with {name}")
+        interop.check_apart(out, x=x, w=w, bias=bias)
     if device is None:
         return reference.depthwise_conv2d(x, w, bias, geometry, out)
     with device:
-        if geometry.N == 0:
-            return module.empty(geometry.y_shape, x.dtype) if out is None else out
         # 2. Allocate.
         x, w = interop.contiguous(x), interop.contiguous(w)
         bias = None if bias is None else interop.contiguous(bias)
-        y = out if out is not None and interop.is_contiguous(out) else module.empty(geometry.y_shape, x.dtype)
-        # 3. Plan.
-        aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
-        target = kernels.target(device.id)
-        chosen = plan.depthwise_forward(geometry, check_dtype("x", x), target, plan.forced_variant(), aligned)
-        # 4. Kernel.
-        kernel = kernels.load(chosen, device.id)
-        # 5. Launch.
-        kernel(x.data.ptr, w.data.ptr, 0 if bias is None else bias.data.ptr, y.data.ptr)
-        if out is None or y is out:
-            return y
-        out[...] = y
-        return out
+        y = interop.output(out, module, geometry.y_shape, x.dtype)
+        if geometry.N:
+            # 3. Plan.
+            aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
+            target, forced = kernels.target(device.id), plan.forced_variant()
+            chosen = plan.depthwise_forward(geometry, dtype, target, forced, aligned)
+            # 4. Kernel.
+            kernel = kernels.load(chosen, device.id)
+            # 5. Launch.
+            kernel(x.data.ptr, w.data.ptr, 0 if bias is None else bias.data.ptr, y.data.ptr)
+        return interop.delivered(y, out)
+
+
+def depthwise_conv2d_dgrad(
+    dy: Any,
+    w: Any,
+    x_shape: Any,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    out: Any = None,
+) -> Any:
+    """Gradient of a depthwise 2-D convolution with respect to its input.
+
+    ``dx[n, c, h, v] = sum over m, r, s of dy[n, c*M + m, p, q] * w[c*M + m, 0, r, s]``, for those r and s for which
+    ``p = (h + top - r*dilation) / stride`` and q, likewise, are integers; dy is zero where it has no row p or column q.
+
+    Equivalent to ``torch.nn.grad.conv2d_input(x_shape, w, dy, stride, padding, dilation, groups=x_shape[1])``.
+
+    Parameters
+    ----------
+    dy : (N, C*M, P, Q) float16, bfloat16, float32 or float64
+        The gradient with respect to the convolution's output. A NumPy or a CuPy array, as in depthwise_conv2d.
+    w : (C*M, 1, R, S), the dtype of dy
+    x_shape : (N, C, H, W)
+        The input's shape, which dy does not tell at strides above 1.
+    stride, padding, dilation
+        As they were in depthwise_conv2d.
+    out : (N, C, H, W), the dtype of dy, optional
+        Where the result is written; any strides that do not overlap, and no memory of an input.
+
+    Returns
+    -------
+    dx : (N, C, H, W), the dtype of dy
+        Summed and rounded as in depthwise_conv2d.
+
+    Raises
+    ------
+    TypeError
+        For another kind of array, dtype or number, and for arrays of different kinds or dtypes.
+    ValueError
+        For shapes and numbers that have no convolution, a dy that is not of its output's shape, arrays on different
+        GPUs, and an out that overlaps.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> dy = np.ones((1, 1, 2, 3), np.float32)
+    >>> w = np.array([[[[1, 2], [3, 4]]]], np.float32)
+    >>> cuconv.depthwise_conv2d_dgrad(dy, w, (1, 1, 3, 4))[0, 0]
+    array([[ 1.,  3.,  3.,  2.],
+           [ 4., 10., 10.,  6.],
+           [ 3.,  7.,  7.,  4.]], dtype=float32)
+    """
+    # 1. Check.
+    module = interop.array_module(dy=dy, w=w, out=out)
+    dtype = check_dtypes(dy=dy, w=w)
+    x_shape = shape_argument("x_shape", x_shape)
+    geometry = depthwise_geometry(x_shape, w.shape, stride=stride, padding=padding, dilation=dilation)
+    check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
+    device = None if module is np else interop.one_device(dy=dy, w=w, out=out)
+    if out is not None:
+        check_out(out, geometry.x_shape, dy.dtype)
+        interop.check_apart(out, dy=dy, w=w)
+    if device is None:
+        return reference.depthwise_conv2d_dgrad(dy, w, geometry, out)
+    with device:
+        # 2. Allocate.
+        dy, w = interop.contiguous(dy), interop.contiguous(w)
+        dx = interop.output(out, module, geometry.x_shape, dy.dtype)
+        if geometry.N:
+            # 3. Plan.
+            aligned = (dy.data.ptr | dx.data.ptr) % plan.VECTOR_BYTES == 0
+            target, forced = kernels.target(device.id), plan.forced_variant()
+            chosen = plan.depthwise_dgrad(geometry, dtype, target, forced, aligned)
+            # 4. Kernel.
+            kernel = kernels.load(chosen, device.id)
+            # 5. Launch.
+            kernel(dy.data.ptr, w.data.ptr, 0, dx.data.ptr)
+        return interop.delivered(dx, out)

@@ -74,24 +74,41 @@ class Conv2dGeometry:
 
 
 def depthwise_geometry(
-    x: Any, w: Any, bias: Any = None, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+    x_shape: Any, w_shape: Any, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> Conv2dGeometry:
-    """The geometry of a depthwise convolution of arrays x and w.
+    """The geometry of a depthwise convolution of arrays x and w of these shapes.
 
     Raises TypeError or ValueError, in words, for every input that has no such convolution.
     """
-    dtype = check_dtype("x", x)
-    for name, array in (("w", w), ("bias", bias)):
-        if array is not None and check_dtype(name, array) != dtype:
-            raise TypeError(f"{name} must have x's dtype, {dtype}, and has {array.dtype}: cast one of them first")
     stride = _pair("stride", stride, minimum=1)
     dilation = _pair("dilation", dilation, minimum=1)
-    geometry = _depthwise_geometry(tuple(x.shape), tuple(w.shape), stride, _padding(padding), dilation)
-    if bias is not None and tuple(bias.shape) != (geometry.K,):
-        raise ValueError(
-            f"bias must have shape ({geometry.K},), one value for each output channel, and has {tuple(bias.shape)}"
-        )
-    return geometry
+    return _depthwise_geometry(tuple(x_shape), tuple(w_shape), stride, _padding(padding), dilation)
+
+
+def shape_argument(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape that the caller gave in numbers, as a tuple of integers."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of integers, and is {shape!r}")
+    return tuple(_integer(name, extent, 0) for extent in shape)
+
+
+def check_dtypes(**arrays: Any) -> str:
+    """The name of the one dtype of all given arrays, one of DTYPES; arrays that are None do not count."""
+    first, dtype = "", ""
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if not dtype:
+            first, dtype = name, check_dtype(name, array)
+        elif check_dtype(name, array) != dtype:
+            raise TypeError(f"{name} must have {first}'s dtype, {dtype}, and has {array.dtype}: cast one of them first")
+    return dtype
+
+
+def check_shape(name: str, array: Any, shape: tuple[int, ...], meaning: str) -> None:
+    """Refuse an array whose shape does not follow from the others'."""
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, {meaning}, and has {tuple(array.shape)}")
 
 
 def check_dtype(name: str, array: Any) -> str:

@@ -9,21 +9,25 @@ from typing import Any
 import numpy as np
 
 
-def array_module(x: Any, **others: Any) -> ModuleType:
-    """The one module, numpy or cupy, that x and all other arrays belong to; optional arguments may be None.
+def array_module(**arrays: Any) -> ModuleType:
+    """The one module, numpy or cupy, that all arrays belong to; bias and out may be None.
 
     Raises TypeError for anything that is not such an array, and for a mixture of the two.
     """
-    owner = _owner("x", x)
-    for name, array in others.items():
+    first, owner = "", None
+    for name, array in arrays.items():
         if array is None and name in ("bias", "out"):
             continue
-        other = _owner(name, array)
-        if other is not owner:
+        module = _owner(name, array)
+        if owner is None:
+            first, owner = name, module
+        elif module is not owner:
             raise TypeError(
-                f"all arrays must live in one place: x is a {owner.__name__} array and {name} a {other.__name__} "
-                f"array; move one of them with cupy.asarray or cupy.asnumpy"
+                f"all arrays must live in one place: {first} is a {owner.__name__} array and {name} a "
+                f"{module.__name__} array; move one of them with cupy.asarray or cupy.asnumpy"
             )
+    if owner is None:
+        raise TypeError("no array was given")
     return owner
 
 
@@ -35,6 +39,19 @@ def contiguous(array: Any) -> Any:
 def is_contiguous(array: Any) -> bool:
     """Whether a kernel can read or write the CuPy array as it lies."""
     return bool(array.flags.c_contiguous) and array.data.ptr % array.dtype.itemsize == 0
+
+
+def output(out: Any, module: ModuleType, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What a kernel writes to: `out` where it can, otherwise a new CuPy array."""
+    return out if out is not None and is_contiguous(out) else module.empty(shape, dtype)
+
+
+def delivered(result: Any, out: Any) -> Any:
+    """The result, copied to `out` where the kernel could not write to it."""
+    if out is None or result is out:
+        return result
+    out[...] = result
+    return out
 
 
 def _owner(name: str, array: Any) -> ModuleType:
@@ -63,6 +80,13 @@ def one_device(**arrays: Any) -> Any:
                 f"all arrays must be on one device: {first} is on {device.id} and {name} on {array.device.id}"
             )
     return device
+
+
+def check_apart(out: Any, **inputs: Any) -> None:
+    """Refuse an out that shares memory with an input; inputs may be None."""
+    for name, array in inputs.items():
+        if array is not None and share_memory(out, array):
+            raise ValueError(f"out must not overlap an input, and shares memory with {name}")
 
 
 def share_memory(a: Any, b: Any) -> bool:

@@ -46,6 +46,12 @@ def forward_error(y: Array, x: Array, w: Array, bias: Array | None, geometry: Co
     return _fraction_of_bound(y, exact, magnitude, geometry.R * geometry.S)
 
 
+def dgrad_error(dx: Array, dy: Array, w: Array, geometry: Conv2dGeometry) -> float:
+    """As forward_error, for dx (N, C, H, W), the gradient with respect to x; no sum has more than M*R*S terms."""
+    exact, magnitude = (_depthwise_dgrad(dy, w, geometry, of) for of in (np.asarray, np.abs))
+    return _fraction_of_bound(dx, exact, magnitude, geometry.multiplier * geometry.R * geometry.S)
+
+
 def separable_error(
     y: Array,
     x: Array,
@@ -75,6 +81,33 @@ def _depthwise(x: Array, w: Array, bias: Array | None, g: Conv2dGeometry, of: Ca
     with np.errstate(all="ignore"):
         y: Array = np.einsum("ncpqrs,cmrs->ncmpq", windows, weights).reshape(g.y_shape)
         return y if bias is None else y + of(_wide(bias)).reshape(-1, 1, 1)
+
+
+def _depthwise_dgrad(dy: Array, w: Array, g: Conv2dGeometry, of: Callable[[Array], Array]) -> Array:
+    """Likewise the gradient with respect to x: every dy is added to what its output has read of the padded x.
+
+    Zeros take part, so dy is surrounded by as many of them as have a tap that reaches x.
+    """
+    around, corner = [], []
+    for extent, kernel, outputs, step, dilation, (first, _) in zip(
+        (g.H, g.W), (g.R, g.S), (g.P, g.Q), g.stride, g.dilation, g.padding, strict=True
+    ):
+        before = (kernel - 1) * dilation // step
+        last = -(-(first + extent - 1) // step)
+        around.append((before, max(0, last + 1 - outputs)))
+        corner.append(before * step + first)
+    terms = np.pad(of(_wide(dy)), ((0, 0), (0, 0), *around))
+    terms = terms.reshape(g.N, g.C, g.multiplier, *terms.shape[2:])
+    weights = of(_wide(w)).reshape(g.C, g.multiplier, g.R, g.S)
+    height, width = ((outputs - 1) * step + 1 for outputs, step in zip(terms.shape[3:], g.stride, strict=True))
+    reach = [(kernel - 1) * dilation for kernel, dilation in zip((g.R, g.S), g.dilation, strict=True)]
+    dx = np.zeros((g.N, g.C, height + reach[0], width + reach[1]), terms.dtype)
+    for r, s in np.ndindex(g.R, g.S):
+        top, left = r * g.dilation[0], s * g.dilation[1]
+        read = dx[..., top : top + height : g.stride[0], left : left + width : g.stride[1]]
+        with np.errstate(all="ignore"):
+            read += np.einsum("ncmpq,cm->ncpq", terms, weights[:, :, r, s])
+    return dx[..., corner[0] : corner[0] + g.H, corner[1] : corner[1] + g.W]
 
 
 def _wide(array: Array) -> Array:
@@ -138,22 +171,33 @@ def slice_error(y: Any, x: Any, w: Any, bias: Any, geometry: Conv2dGeometry) -> 
 
     NumPy or CuPy arrays. y must have been poisoned before it was computed: all of it must have been written.
     """
-    if unwritten(y):
+    return _slice_error(forward_error, (y, x), (w, bias), geometry)
+
+
+def dgrad_slice_error(dx: Any, dy: Any, w: Any, geometry: Conv2dGeometry) -> float:
+    """As slice_error, of dgrad_error."""
+    return _slice_error(dgrad_error, (dx, dy), (w,), geometry)
+
+
+def _slice_error(
+    error: Callable[..., float], activations: tuple[Any, Any], weights: tuple[Any, ...], g: Conv2dGeometry
+) -> float:
+    """activations are the result and the input, of all images; weights, or None in their place, belong to channels."""
+    if unwritten(activations[0]):
         return float("inf")
-    g, M = geometry, geometry.multiplier
     images = sorted({0, g.N - 1})
     channels = sorted({0, g.C // 3, g.C // 2, g.C - 1})
-    part = replace(g, N=len(images), C=len(channels), K=len(channels) * M)
 
-    def some(array: Any, width: int, rows: Iterable[int]) -> Array:
-        """Of every row, the slices of `width` that belong to the channels; fetched one by one, without a copy there."""
-        return np.stack(
-            [np.concatenate([_host(array[n, c * width : (c + 1) * width]) for c in channels]) for n in rows]
-        )
+    def some(array: Any) -> Array:
+        """Of an array whose first axis is that of channels, input or output; fetched one by one, no copy made there."""
+        width = array.shape[0] // g.C
+        return np.concatenate([_host(array[c * width : (c + 1) * width]) for c in channels])
 
-    weights = some(w[np.newaxis], M, [0])[0]
-    biases = None if bias is None else some(bias[np.newaxis], M, [0])[0]
-    return forward_error(some(y, M, images), some(x, 1, images), weights, biases, part)
+    return error(
+        *(np.stack([some(array[n]) for n in images]) for array in activations),
+        *(None if array is None else some(array) for array in weights),
+        replace(g, N=len(images), C=len(channels), K=len(channels) * g.multiplier),
+    )
 
 
 def _host(array: Any) -> Array:

@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -94,8 +94,8 @@ def variant(name: str) -> Iterator[None]:
     >>> with cuconv.plan.variant("direct"):
     ...     pass
     """
-    if name not in DEPTHWISE_FORWARD:
-        raise ValueError(f"variant must be one of {', '.join(DEPTHWISE_FORWARD)}, and is {name!r}")
+    if name not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, and is {name!r}")
     token = _forced.set(name)
     try:
         yield
@@ -107,6 +107,9 @@ def forced_variant() -> str | None:
     return _forced.get()
 
 
+VARIANTS = ("runs", "direct")
+
+
 @lru_cache(maxsize=4096)
 def depthwise_forward(
     geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
@@ -115,12 +118,43 @@ def depthwise_forward(
 
     Unsuitable, a ValueError, where the forced variant cannot run.
     """
-    if forced is not None:
-        return DEPTHWISE_FORWARD[forced](geometry, dtype, target, aligned)
+    if forced == "direct":
+        return _forward_direct(geometry, dtype)
     try:
-        return _forward_runs(geometry, dtype, target, aligned)
+        return _runs(geometry, dtype, target, aligned)
     except Unsuitable:
-        return _forward_direct(geometry, dtype, target, aligned)
+        if forced is not None:
+            raise
+        return _forward_direct(geometry, dtype)
+
+
+@lru_cache(maxsize=4096)
+def depthwise_dgrad(
+    geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
+) -> Plan:
+    """The plan of the gradient of a depthwise convolution's input; aligned speaks of dy and dx."""
+    if forced == "direct":
+        return _dgrad_direct(geometry, dtype)
+    try:
+        return _runs(_dgrad_as_forward(geometry), dtype, target, aligned, turned=True)
+    except Unsuitable:
+        if forced is not None:
+            raise
+        return _dgrad_direct(geometry, dtype)
+
+
+def _dgrad_as_forward(g: Conv2dGeometry) -> Conv2dGeometry:
+    """At stride 1, the convolution of dy with the kernel turned around whose output is dx.
+
+    Its padding is what the kernel reaches beyond the forward padding, and negative where that is more than the reach:
+    rows of dy that no row of x had a part in are then passed over.
+    """
+    if g.stride != (1, 1) or g.multiplier > 1:
+        raise Unsuitable(f"variant runs: takes stride 1 and multiplier 1 here, and has {g.stride} and {g.multiplier}")
+    reach = [dilation * (kernel - 1) for dilation, kernel in zip(g.dilation, (g.R, g.S), strict=True)]
+    (top, bottom), (left, right) = g.padding
+    padding = ((reach[0] - top, reach[0] - bottom), (reach[1] - left, reach[1] - right))
+    return replace(g, H=g.P, W=g.Q, P=g.H, Q=g.W, padding=padding)
 
 
 # Direct: one output a thread.
@@ -128,29 +162,37 @@ def depthwise_forward(
 _DIRECT_THREADS = 256
 
 
-def _forward_direct(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
-    grid = -(-g.y_size // _DIRECT_THREADS)
+def _forward_direct(g: Conv2dGeometry, dtype: str) -> Plan:
+    return _direct("depthwise_forward_direct", g, dtype, ("K", g.K), g.y_size)
+
+
+def _dgrad_direct(g: Conv2dGeometry, dtype: str) -> Plan:
+    return _direct("depthwise_dgrad_direct", g, dtype, ("C", g.C), g.x_size)
+
+
+def _direct(source: str, g: Conv2dGeometry, dtype: str, channels: tuple[str, int], outputs: int) -> Plan:
+    grid = -(-outputs // _DIRECT_THREADS)
     if grid > MAX_GRID[0]:
-        raise Unsuitable(f"variant direct: {g.y_size} outputs are more than one launch can count")
+        raise Unsuitable(f"variant direct: {outputs} outputs are more than one launch can count")
     small = max(g.x_size, g.y_size) <= 2**31 - 1
     return Plan(
-        source="depthwise_forward_direct",
+        source=source,
         defines=(("T", DTYPES[dtype][0]), ("INDEX", "int" if small else "int64")),
         grid=(grid, 1, 1),
         block=_DIRECT_THREADS,
         shared_bytes=0,
         parameters=(
             ("multiplier", g.multiplier),
-            ("K", g.K),
+            channels,
             ("R", g.R),
             ("S", g.S),
             *_plane_parameters(g),
-            ("total_outputs", g.y_size),
+            ("total_outputs", outputs),
         ),
     )
 
 
-# Runs: see cuda/runs.cuh and cuda/depthwise_forward_runs.cu.
+# Runs: see cuda/runs.cuh and cuda/depthwise_runs.cu.
 
 # Weights live in registers, and kernels are unrolled over them: beyond this many, the direct kernel.
 _RUNS_MAX_TAPS = 64
@@ -215,7 +257,7 @@ class _RunsTile:
         return self.stages * (self.input_bytes + self.output_bytes)
 
 
-def _forward_runs(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+def _runs(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
     if target.architecture < 90:
         raise Unsuitable(f"variant runs: needs compute capability 9.0, and the device has {target.architecture / 10}")
     if g.R * g.S > _RUNS_MAX_TAPS:
@@ -224,22 +266,23 @@ def _forward_runs(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) 
     tiles = [tile for patch in _runs_patches(g, dtype, aligned) for tile in _runs_tiles(g, dtype, patch, budget)]
     if not tiles:
         raise Unsuitable(f"variant runs: {g.R} rows of {g.W} elements do not fit shared memory")
-    return _runs_plan(g, dtype, min(tiles, key=lambda tile: _runs_cost(g, dtype, target, tile)))
+    return _runs_plan(g, dtype, min(tiles, key=lambda tile: _runs_cost(g, dtype, target, tile)), turned)
 
 
-def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile) -> Plan:
+def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile, turned: bool = False) -> Plan:
     patch = tile.patch
     image_planes, images = _runs_images(g, tile.block_planes)
     grid = (-(-g.P // tile.block_rows), -(-image_planes // tile.block_planes), -(-images // tile.block_images))
     if any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"variant runs: {grid} blocks are more than one launch can count")
     return Plan(
-        source="depthwise_forward_runs",
+        source="depthwise_runs",
         defines=(
             ("T", DTYPES[dtype][0]),
             ("R", g.R),
             ("S", g.S),
             ("PADDED", int(g.padded)),
+            ("TURNED", int(turned)),
             ("MULTIPLIED", int(g.multiplier > 1)),
             ("THREADS", tile.threads),
             ("STAGES", tile.stages),
@@ -282,7 +325,7 @@ def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile) -> Plan:
     )
 
 
-# What the kernel divides, and by what: see divide in cuda/depthwise_forward_runs.cu.
+# What the kernel divides, and by what: see divide in cuda/depthwise_runs.cu.
 _MAX_ITEMS = 2**15 - 1
 
 
@@ -351,7 +394,7 @@ def _runs_patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[_Run
             whole_rows=whole_rows,
             slots=slots,
             passes=(load_passes + store_passes) / (rows * columns),
-            registers=int(1.5 * values) + 15,
+            registers=min(255, int(1.7 * values) + 49),
         )
 
 
@@ -379,7 +422,7 @@ def _runs_tiles(g: Conv2dGeometry, dtype: str, patch: _RunsPatch, budget: int) -
         whole = block_rows == g.P
         # Rows likewise.
         input_rows = (groups * group_rows - 1) * g.stride[0] + reach
-        if (input_rows + max(g.padding[0])) * g.W > 2**31 - 1:
+        if (input_rows + max(0, *g.padding[0])) * g.W > 2**31 - 1:
             break  # offsets of rows, those in the padding too, are 32-bit integers
         if g.padded:
             input_rows = min(input_rows, g.H)
@@ -418,8 +461,8 @@ def _run_bytes(size: int) -> int:
 def _runs_cost(g: Conv2dGeometry, dtype: str, target: Target, tile: _RunsTile) -> float:
     """What ranks tiles: a count of issue slots an output, and what else takes time in the same unit.
 
-    The weights were fitted to the times of 3,000 tiles (28 cases in float32 and float16 on an H200): of those measured,
-    the tile of least cost takes 3 % longer than the fastest on average, and at most 16 %.
+    The weights were fitted to the times of 3,800 tiles (15 cases in float32, float16 and bfloat16 on an H200): of those
+    measured, the tile of least cost takes 3 % longer than the fastest on average, and at most 16 %.
     """
     size, patch = DTYPES[dtype][1], tile.patch
     outputs = tile.block_planes * tile.block_rows * g.Q
@@ -429,7 +472,7 @@ def _runs_cost(g: Conv2dGeometry, dtype: str, target: Target, tile: _RunsTile) -
     idle = -(-items // tile.threads) * tile.threads * patch.rows * patch.columns / outputs
     idle *= row_groups * tile.block_rows / g.P
     # A thread's work for every image, and for the weights, which it fetches once.
-    fixed = (10 + 3 * g.R * g.S / tile.block_images) * tile.threads / outputs
+    fixed = (28 + 3.3 * g.R * g.S / tile.block_images) * tile.threads / outputs
     needed = (tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
     halo = 1.0 if row_groups == 1 else needed / (tile.block_rows * g.stride[0])
     run_bytes = (halo * g.x_size / g.y_size + 1) * size
@@ -442,15 +485,15 @@ def _runs_cost(g: Conv2dGeometry, dtype: str, target: Target, tile: _RunsTile) -
             65536 // (patch.registers * tile.threads),
         ),
     )
-    busy = 1 - math.exp(-0.63 * resident * tile.threads / 128)
-    issue = patch.slots * idle + fixed + 0.16 * (patch.passes * idle + run_bytes / 4)
-    # Loads and stores on the way take about 550 clocks whatever they move.
-    latency = 7000 / (resident * outputs * tile.block_images)
+    busy = 1 - math.exp(-0.16 * resident * tile.threads / 128)
+    issue = patch.slots * idle + fixed + 0.11 * (patch.passes * idle + run_bytes / 4)
+    # Loads and stores on the way take about 620 clocks whatever they move, less where the next ones are under way.
+    latency = (27_700 if tile.stages == 1 else 19_400) / (resident * outputs * tile.block_images)
     # The last of the waves of blocks is never full.
     image_planes, images = _runs_images(g, tile.block_planes)
     blocks = -(-images // tile.block_images) * -(-image_planes // tile.block_planes) * row_groups
     waves = blocks / (target.multiprocessors * resident)
-    return (issue / busy + 0.7 * run_bytes + latency) * (1 + 0.3 / waves)
+    return (issue / busy + 2.5 * run_bytes + latency) * (1 + 0.27 / waves)
 
 
 def _plane_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:
@@ -466,6 +509,3 @@ def _plane_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:
         ("dilation_h", g.dilation[0]),
         ("dilation_w", g.dilation[1]),
     )
-
-
-DEPTHWISE_FORWARD = {"runs": _forward_runs, "direct": _forward_direct}

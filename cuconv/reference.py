@@ -7,7 +7,8 @@ of infinity gives NaN at the border, as IEEE arithmetic has it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +46,57 @@ def depthwise_conv2d(
             outputs = slice(channels.start * g.multiplier, channels.stop * g.multiplier)
             y[images, outputs] = rounded(total, y.dtype).reshape(shape[0], -1, g.P, g.Q)
     return y
+
+
+def depthwise_conv2d_dgrad(dy: Array, w: Array, geometry: Conv2dGeometry, out: Array | None = None) -> Array:
+    """dx[n, c, h, v] = sum over m, r, s of dy[n, c*M + m, p, q] * w[c*M + m, 0, r, s], where r and s are such that
+    p = (h + top - r*dilation) / stride and q, likewise, are integers; dy is zero where it has no row p or column q.
+
+    dy (N, C*M, P, Q), w (C*M, 1, R, S), out and the result (N, C, H, W).
+    """
+    g = geometry
+    dx = np.empty(g.x_shape, dy.dtype) if out is None else out
+    weights = w.astype(np.float64).reshape(g.C, g.multiplier, g.R, g.S, 1, 1)
+    rows = [_dgrad_tap(g, 0, r) for r in range(g.R)]
+    columns = [_dgrad_tap(g, 1, s) for s in range(g.S)]
+    # Zeros around dy, as many as any tap reaches for.
+    around = [
+        (max(0, *(-a.first for a in taps)), max(0, *(a.last + 1 - n for a in taps)))
+        for taps, n in ((rows, g.P), (columns, g.Q))
+    ]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for images, channels in _chunks(g):
+            outputs = slice(channels.start * g.multiplier, channels.stop * g.multiplier)
+            padded = np.pad(dy[images, outputs].astype(np.float64), ((0, 0), (0, 0), *around))
+            padded = padded.reshape(padded.shape[0], -1, g.multiplier, *padded.shape[2:])
+            total = np.zeros((padded.shape[0], padded.shape[1], g.H, g.W))
+            for (r, row), (s, column) in product(enumerate(rows), enumerate(columns)):
+                part = padded[..., row.slice(around[0][0]), column.slice(around[1][0])]
+                target = total[:, :, row.start :: g.stride[0], column.start :: g.stride[1]]
+                target += (part * weights[channels, :, r, s]).sum(axis=2)
+            dx[images, channels] = rounded(total, dx.dtype)
+    return dx
+
+
+class _DgradTap(NamedTuple):
+    """Along one axis, what one kernel row or column takes part in: x from `start` on in steps of the stride, with dy
+    from `first` to `last`, which need not exist."""
+
+    start: int
+    first: int
+    last: int
+
+    def slice(self, before: int) -> slice:
+        return slice(before + self.first, before + self.last + 1)
+
+
+def _dgrad_tap(g: Conv2dGeometry, axis: int, k: int) -> _DgradTap:
+    """See _DgradTap; axis 0 for rows, 1 for columns."""
+    extent, stride = (g.H, g.W)[axis], g.stride[axis]
+    offset = g.padding[axis][0] - k * g.dilation[axis]
+    start = -offset % stride
+    first = (start + offset) // stride
+    return _DgradTap(start, first, first + len(range(start, extent, stride)) - 1)
 
 
 def rounded(values: Array, dtype: Any) -> Array:

@@ -27,13 +27,30 @@ def convolve(x, w, bias=None, *, stride=(1, 1), padding=((0, 0), (0, 0)), dilati
     return functional.conv2d(padded, _tensor(w), bias, stride, 0, dilation, groups=x.shape[1]).numpy()
 
 
+def dgrad(dy, w, x_shape, *, stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1)):
+    """The gradient of convolve with respect to x, for the upstream gradient dy: that of the padded x, cut out."""
+    N, C, H, W = x_shape
+    (top, bottom), (left, right) = padding
+    padded = (N, C, top + H + bottom, left + W + right)
+    dx = torch.nn.grad.conv2d_input(padded, _tensor(w), _tensor(dy), stride, 0, dilation, groups=C)
+    return dx.numpy()[:, :, top : top + H, left : left + W]
+
+
 def assert_within_bound(y, x, w, bias=None, **numbers):
     """|y - exact| <= u_out*|exact| + (taps + 1) * u_sum * (|x| conv |w| + |bias|), for finite data."""
-    name = y.dtype.name
-    exact = convolve(x, w, bias, **numbers)
-    assert y.shape == exact.shape
     magnitude = convolve(np.abs(x), np.abs(w), None if bias is None else np.abs(bias), **numbers)
-    taps = w.shape[2] * w.shape[3]
+    _assert_bound(y, convolve(x, w, bias, **numbers), magnitude, w.shape[2] * w.shape[3])
+
+
+def assert_dgrad_within_bound(dx, dy, w, **numbers):
+    """As assert_within_bound; a sum has at most as many terms as a channel has weights."""
+    exact, magnitude = (dgrad(of(dy), of(w), dx.shape, **numbers) for of in (np.asarray, np.abs))
+    _assert_bound(dx, exact, magnitude, w.size // dx.shape[1])
+
+
+def _assert_bound(y, exact, magnitude, taps):
+    name = y.dtype.name
+    assert y.shape == exact.shape
     sum_roundoff = 2.0**-53 if name == "float64" else 2.0**-24
     bound = _UNIT_ROUNDOFF[name] * np.abs(exact) + (taps + 1) * sum_roundoff * magnitude + _UNDERFLOW[name]
     error = np.abs(y.astype(np.float64) - exact)

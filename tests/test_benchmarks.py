@@ -26,7 +26,7 @@ def row(case: str, dtype: str, ms: float | None = 2.0, **changes: Any) -> dict[s
         "layout": "nchw",
         "precision": "fp32",
         "shape": "1,2,3,4 3x3",
-        "kernel": "depthwise_forward_runs",
+        "kernel": "depthwise_runs",
         "right": True,
         "ms": ms,
         "floor_ms": 1.5,
@@ -62,10 +62,32 @@ def test_report_is_written(tmp_path: Path) -> None:
     assert text.count("WRONG") == 1
 
 
+def test_every_pass_has_its_table_and_its_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    backward = {"pass": "dgrad", "kernel": "a_dgrad_kernel", "peers": {"torch": 5.0, "jax": 6.0}}
+    written = result([row("a", "float32"), row("b", "float32"), row("a", "float32", **backward)])
+    report.write(written, tmp_path, "gpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.png", "gpu_dgrad.png"}
+    assert json.loads((tmp_path / "gpu.json").read_text()) == written
+    assert (tmp_path / "gpu.png").read_bytes() != (tmp_path / "gpu_dgrad.png").read_bytes()
+    head, forward, dgrad = (tmp_path / "gpu.md").read_text().split("\n## ")
+    assert "4240 GB/s" in head
+    assert forward.startswith("forward\n")
+    assert "(gpu.png)" in forward
+    assert "a_dgrad_kernel" not in forward
+    assert dgrad.startswith("dgrad\n")
+    assert "(gpu_dgrad.png)" in dgrad
+    assert dgrad.count("a_dgrad_kernel") == 1
+    assert "jax ms" in dgrad
+    assert "torch_compile ms" not in dgrad
+
+
 def test_nothing_to_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.write(result([]), tmp_path, "empty")
-    assert (tmp_path / "empty.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.json", "empty.md"}
+    report.write(result([row("a", "float32", None)]), tmp_path, "failed")
+    assert (tmp_path / "failed.png").exists()
 
 
 def test_best_peer() -> None:
@@ -119,6 +141,19 @@ def test_selection() -> None:
     assert in_float64 == list(cases.FLOAT64_CASES)
 
 
+def test_no_bias_in_dgrad() -> None:
+    todo = program.to_measure(["forward", "dgrad"], cases.selected(["kb82"], ["float32", "float16"]))
+    assert [(name, case.name, dtype) for _, name, case, dtype, _ in todo] == [
+        ("forward", "kb82", "float32"),
+        ("forward", "kb82", "float16"),
+        ("forward", "kb82+bias", "float32"),
+        ("forward", "kb82+bias", "float16"),
+        ("dgrad", "kb82", "float32"),
+        ("dgrad", "kb82", "float16"),
+    ]
+    assert program.to_measure(["dgrad"], cases.selected(["kb82+bias"], ["float32"])) == []
+
+
 @pytest.mark.skipif(measure.cupy_with_gpu() is not None, reason="there is a GPU")
 def test_needs_a_gpu() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks", "--quick"], cwd=ROOT, capture_output=True, text=True)
@@ -132,9 +167,11 @@ def test_a_gpu_run(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     arguments = ["--cases", "b1_14", "--dtypes", "float32", "--no-peers", "--out", str(tmp_path), "--name", "one"]
     assert program.main(arguments) == 0
-    (line,) = json.loads((tmp_path / "one.json").read_text())["rows"]
-    assert line["right"]
-    assert 0 < line["percent_of_floor"] < 200
+    rows = json.loads((tmp_path / "one.json").read_text())["rows"]
+    assert [line["pass"] for line in rows] == ["forward", "dgrad"]
+    for line in rows:
+        assert line["right"]
+        assert 0 < line["percent_of_floor"] < 200
 
 
 def test_unknown_case() -> None:

@@ -63,6 +63,69 @@ def test_every_variant_matches_float64(device, rng, x_shape, w_shape, numbers, d
     guards.assert_untouched()
 
 
+def dgrad_cases(dtypes):
+    for case in cases(dtypes):
+        _, w_shape, numbers, _, variant = case.values
+        if variant == "direct" or (numbers["stride"] == (1, 1) and w_shape[0] == case.values[0][1]):
+            yield case
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "numbers", "dtype", "variant"), list(dgrad_cases(oracle.DTYPES)))
+def test_every_variant_of_dgrad_matches_float64(device, rng, x_shape, w_shape, numbers, dtype, variant):
+    x, w, _ = oracle.random_arrays(rng, x_shape, w_shape, dtype)
+    dy = rng.standard_normal(oracle.convolve(x, w, **numbers).shape).astype(x.dtype)
+    out, guards = device.guarded(x_shape, x.dtype)
+    with plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), x_shape, out=out, **numbers)
+    assert dx is out
+    oracle.assert_dgrad_within_bound(device.host(dx), dy, w, **numbers)
+    guards.assert_untouched()
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_dgrad_of_more_padding_than_the_kernel_reaches(device, rng, variant):
+    """Outputs that lie in the padding altogether have no part in dx."""
+    w = rng.standard_normal((3, 1, 2, 3)).astype(np.float32)
+    numbers = {"stride": (1, 1), "padding": ((4, 3), (5, 2)), "dilation": (1, 1)}
+    dy = rng.standard_normal((2, 3, 11, 14)).astype(np.float32)
+    dy[:, :, :3] = np.nan
+    with plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), (2, 3, 5, 9), **numbers)
+    dy[:, :, :3] = 0
+    oracle.assert_dgrad_within_bound(device.host(dx), dy, w, **numbers)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_zeros_around_dy_take_part(device, variant):
+    """A kernel row of infinity gives NaN where it meets no row of dy, in the reference and in every variant alike."""
+    dy, w = np.ones((1, 1, 4, 5), np.float32), np.ones((1, 1, 3, 3), np.float32)
+    w[0, 0, 2, :] = np.inf
+    expected = cuconv.depthwise_conv2d_dgrad(dy, w, (1, 1, 4, 5), padding=1)
+    with plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), (1, 1, 4, 5), padding=1)
+    np.testing.assert_array_equal(device.host(dx), expected)
+    assert np.isnan(expected[:, :, 0]).all()
+    assert not np.isnan(expected[:, :, 1:, 1:4]).any()
+
+
+def test_dgrad_refuses_what_does_not_fit(device):
+    dy, w = device.array(np.ones((2, 3, 5, 6), np.float32)), device.array(np.ones((3, 1, 3, 3), np.float32))
+    with pytest.raises(ValueError, match=r"dy must have shape \(2, 3, 4, 6\).*\(2, 3, 5, 6\)"):
+        cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 6, 8))
+    with pytest.raises(TypeError, match=r"x_shape must be an integer.*7.5"):
+        cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 7.5, 8))
+    with pytest.raises(TypeError, match=r"x_shape must be a tuple.*7"):
+        cuconv.depthwise_conv2d_dgrad(dy, w, 7)
+    with pytest.raises(TypeError, match=r"w must have dy's dtype, float32.*float64"):
+        cuconv.depthwise_conv2d_dgrad(dy, w.astype(np.float64), (2, 3, 7, 8))
+    with pytest.raises(ValueError, match=r"out must not overlap an input.*dy"):
+        cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 5, 6), padding=1, out=dy)
+    with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs.*stride 1.*\(2, 2\)"):
+        cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 11, 13), stride=2)
+    empty = cuconv.depthwise_conv2d_dgrad(dy[:0], w, (0, 3, 7, 8))
+    assert empty.shape == (0, 3, 7, 8)
+
+
 @pytest.mark.parametrize("variant", ["direct", "runs"])
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 def test_small_integers_are_exact(device, rng, dtype, variant):
@@ -102,7 +165,7 @@ def test_channels_around_every_group_size(device, rng, variant):
 def test_several_images_a_block(device, rng):
     """Small planes of many images: blocks that go through images in turn, two of them under way at once."""
     x, w, bias = oracle.random_arrays(rng, (17, 90, 7, 6), (90, 1, 3, 3), "float32")
-    geometry = cuconv.geometry.depthwise_geometry(x, w, padding=1)
+    geometry = cuconv.geometry.depthwise_geometry(x.shape, w.shape, padding=1)
     tiles = {
         tile.block_images: tile
         for patch in plan._runs_patches(geometry, "float32", aligned=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from cuconv import kernels, plan
@@ -34,8 +36,9 @@ CASES = {
 def test_compiles_within_the_budget_of_registers_and_spills(case, architecture):
     x_shape, w_shape, numbers = CASES[case]
     target = plan.TARGETS[int(architecture.removeprefix("sm_").rstrip("a"))]
-    for dtype in plan.DTYPES:
-        chosen = plan.depthwise_forward(geometry(x_shape, w_shape, **numbers), dtype, target)
+    g = geometry(x_shape, w_shape, **numbers)
+    for make, dtype in product((plan.depthwise_forward, plan.depthwise_dgrad), plan.DTYPES):
+        chosen = make(g, dtype, target)
         resources = kernels.compile_only(chosen, architecture)
         spilled = resources.spill_bytes
         assert spilled <= SPILL_BUDGET.get(case, 0), f"{chosen} spills {spilled} bytes on {architecture}"
@@ -50,12 +53,12 @@ def test_a_compile_error_names_variant_architecture_and_log():
 
 
 def test_flatten_brings_each_header_once_and_keeps_line_numbers():
-    text = kernels.flatten("depthwise_forward_runs", (("T", "f32"),))
-    assert text.startswith('#define CUCONV_T f32\n#line 1 "depthwise_forward_runs.cu"\n')
+    text = kernels.flatten("depthwise_runs", (("T", "f32"),))
+    assert text.startswith('#define CUCONV_T f32\n#line 1 "depthwise_runs.cu"\n')
     for header in ("ptx.cuh", "numbers.cuh", "runs.cuh"):
         assert text.count(f'#line 1 "{header}"') == 1
     assert "#include" not in text
-    source = (kernels.sources_folder() / "depthwise_forward_runs.cu").read_text().splitlines()
-    after = text[text.rindex('"depthwise_forward_runs.cu"\n') :].splitlines()[1:]
-    line = int(text[: text.rindex(' "depthwise_forward_runs.cu"\n')].rsplit("#line ", 1)[1])
+    source = (kernels.sources_folder() / "depthwise_runs.cu").read_text().splitlines()
+    after = text[text.rindex('"depthwise_runs.cu"\n') :].splitlines()[1:]
+    line = int(text[: text.rindex(' "depthwise_runs.cu"\n')].rsplit("#line ", 1)[1])
     assert after == source[line - 1 :]

@@ -35,6 +35,26 @@ def test_the_last_block_of_more_than_2_to_the_31_elements(monkeypatch, rng, shap
     oracle.assert_within_bound(np.asarray(y[-1:, -1:, -1:, -8:]), x[-1:, -1:, -2:, -8:], w[-1:])
 
 
+@pytest.mark.skipif(not hostcuda.available(), reason="no g++: kernels do not run on the host")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_the_last_block_of_a_large_dgrad(monkeypatch, rng, shape, variant):
+    monkeypatch.setitem(sys.modules, "cupy", hostcuda.cupy_twin)
+    forget_kernels()
+    dy = np.zeros(shape, np.float16)
+    part = dy[-1:, -1:, -8:]
+    part[...] = rng.standard_normal(part.shape)
+    w = rng.standard_normal((shape[1], 1, 2, 1)).astype(np.float16)
+    x_shape = (*shape[:2], shape[2] + 1, shape[3])
+    with hostcuda.simulate(blocks=slice(-1, None), poison=False), plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(dy.view(hostcuda.cupy_twin.ndarray), hostcuda.cupy_twin.asarray(w), x_shape)
+    forget_kernels()
+    assert dx.size > 2**31
+    # The last row of dx is the last row of dy times the last row of w.
+    exact = dy[-1, -1, -1, -8:].astype(np.float64) * float(w[-1, 0, 1, 0])
+    np.testing.assert_array_equal(np.asarray(dx[-1, -1, -1, -8:]), exact.astype(np.float16))
+
+
 @pytest.mark.parametrize("variant", ["direct", "runs"])
 def test_more_than_2_to_the_31_elements_on_a_gpu(gpu, rng, variant):
     cupy = gpu.module
@@ -49,3 +69,9 @@ def test_more_than_2_to_the_31_elements_on_a_gpu(gpu, rng, variant):
         part = gpu.host(x[image, channel])[None, None]
         result = gpu.host(y[image, channel])[None, None]
         oracle.assert_within_bound(result, part, w[channel : channel + 1], padding=((1, 1), (1, 1)))
+    with plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(x, cupy.asarray(w), x.shape, padding=1, out=y)
+    for image, channel in ((0, 0), (31, 1000), (32, 1023)):
+        part = gpu.host(x[image, channel])[None, None]
+        result = gpu.host(dx[image, channel])[None, None]
+        oracle.assert_dgrad_within_bound(result, part, w[channel : channel + 1], padding=((1, 1), (1, 1)))

@@ -88,7 +88,7 @@ def test_compile_prints_resources(capsys: pytest.CaptureFixture[str], monkeypatc
     assert program.main(["compile", "--arch", "sm_90a"]) == 0
     printed = capsys.readouterr().out
     assert "registers" in printed
-    for variant in plan.DEPTHWISE_FORWARD:
+    for variant in plan.VARIANTS:
         assert f"| {variant} " in printed
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from cuconv import depthwise_conv2d, measure
+from cuconv import depthwise_conv2d, measure, reference
 from cuconv.cases import REFERENCE_CASES, Case
-from cuconv.geometry import Conv2dGeometry
+from cuconv.geometry import Conv2dGeometry, depthwise_geometry
 
 CASE = Case("", 2, 5, 23, 31, 3, 5, stride=(2, 1), padding=(1, 3), dilation=(1, 2), bias=True)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -169,6 +170,96 @@ def test_slice_error_asks_for_every_element(dtype: str) -> None:
         assert measure.slice_error(wrong, x, w, bias, geometry) > 1
     measure.poison(y[0, 3, 2:3])  # a channel of which no value is looked at
     assert measure.slice_error(y, x, w, bias, geometry) == np.inf
+
+
+# Odd sizes, rows that no output reads, taps that read only padding, more padding than the kernel reaches.
+DGRAD_CASES = {
+    "stride": CASE.geometry,
+    "plain": Case("", 2, 3, 7, 9, 3, 2, stride=1, padding=0, dilation=1).geometry,
+    "multiplier": depthwise_geometry((2, 3, 8, 9), (6, 1, 3, 2), stride=(2, 3), padding=1),
+    "asymmetric": depthwise_geometry((3, 2, 9, 11), (2, 1, 4, 3), stride=(3, 2), padding=((0, 2), (3, 1))),
+    "dilation": depthwise_geometry((1, 6, 17, 16), (12, 1, 3, 4), stride=(2, 3), padding=(4, 2), dilation=(3, 2)),
+    "gaps": depthwise_geometry((2, 2, 15, 13), (2, 1, 2, 1), stride=(4, 3)),
+    "padded": depthwise_geometry((2, 2, 3, 2), (2, 1, 2, 3), padding=((5, 4), (2, 6))),
+}
+
+
+def gradient_of_x(dy: np.ndarray, w: np.ndarray, geometry: Conv2dGeometry) -> np.ndarray:
+    """By PyTorch's autograd in float64, rounded once to the dtype of dy."""
+    (top, bottom), (left, right) = geometry.padding
+    x = torch.zeros(geometry.x_shape, dtype=torch.float64, requires_grad=True)
+    padded = torch.nn.functional.pad(x, (left, right, top, bottom))
+    weights, gradient = (torch.from_numpy(array.astype(np.float64)) for array in (w, dy))
+    y = torch.nn.functional.conv2d(
+        padded, weights, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.C
+    )
+    y.backward(gradient)
+    return reference.rounded(x.grad.numpy(), dy.dtype)
+
+
+def dgrad_problem(name: str, dtype: str) -> tuple[np.ndarray, np.ndarray, Conv2dGeometry]:
+    geometry = DGRAD_CASES[name]
+    dy = measure.random_array(geometry.y_shape, dtype, 0)
+    return dy, measure.random_array(geometry.w_shape, dtype, 1), geometry
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", DGRAD_CASES)
+def test_right_dgrad_passes(name: str, dtype: str) -> None:
+    dy, w, geometry = dgrad_problem(name, dtype)
+    dx = gradient_of_x(dy, w, geometry)
+    assert dx.any()
+    assert 0 < measure.dgrad_error(dx, dy, w, geometry) <= 1
+    assert 0 < measure.dgrad_slice_error(dx, dy, w, geometry) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["stride", "multiplier", "asymmetric", "dilation"])
+@pytest.mark.parametrize("fault", ["one tap off", "a tap by 1 %", "all by 1 %", "shifted", "last row", "last image"])
+def test_dgrad_faults_are_caught(fault: str, name: str, dtype: str) -> None:
+    dy, w, geometry = dgrad_problem(name, dtype)
+    dy, w = (array.copy() for array in (dy, w))
+    given, weights = dy.copy(), w.copy()
+    if fault == "one tap off":
+        weights[-1, 0, -1, -1] = 0
+    if fault == "a tap by 1 %":
+        weights[-1, 0, 1, -1] *= w.dtype.type(1.01)
+    if fault == "all by 1 %":
+        weights *= w.dtype.type(1.01)
+    if fault == "shifted":
+        given = np.roll(dy, 1, axis=-1)
+    dx = gradient_of_x(given, weights, geometry)
+    if fault == "last row":
+        dx[:, :, np.flatnonzero(dx.any(axis=(0, 1, 3)))[-1]] = 0
+    if fault == "last image":
+        dx[-1] = np.roll(dx[-1], 1, axis=0)
+    assert measure.dgrad_error(dx, dy, w, geometry) > 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dy", "dx"),
+    [
+        ([1, np.inf], 1, 0, [3, 5], [np.nan, np.inf, np.inf]),
+        ([np.inf, 1], 1, 0, [3, 5], [np.inf, np.inf, np.nan]),
+        ([np.inf, 1, 2], 2, ((0, 0), (1, 0)), [3, 5], [3, np.inf, 5, np.nan, 0]),
+    ],
+)
+def test_zeros_take_part_in_dgrad(kernel: list, stride: int, padding: object, dy: list, dx: list) -> None:
+    w, dy, dx = (np.array(values, np.float32).reshape(1, 1, 1, -1) for values in (kernel, dy, dx))
+    geometry = depthwise_geometry(dx.shape, w.shape, stride=(1, stride), padding=padding)
+    assert measure.dgrad_error(dx, dy, w, geometry) <= 1
+    assert measure.dgrad_error(np.nan_to_num(dx, nan=0, posinf=np.inf), dy, w, geometry) == np.inf
+
+
+def test_dgrad_slice_error_asks_for_every_element() -> None:
+    dy, w, geometry = dgrad_problem("dilation", "float32")
+    dx = gradient_of_x(dy, w, geometry)
+    for c in (0, -1):
+        wrong = dx.copy()
+        wrong[-1, c, -1, -1] += np.float32(0.1)
+        assert measure.dgrad_slice_error(wrong, dy, w, geometry) > 1
+    measure.poison(dx[0, 4, 2:3])  # a channel of which no value is looked at
+    assert measure.dgrad_slice_error(dx, dy, w, geometry) == np.inf
 
 
 def test_separable_error() -> None:

@@ -17,16 +17,17 @@ from cuconv.geometry import Conv2dGeometry, depthwise_geometry
 H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
 
 
+PASSES = (plan.depthwise_forward, plan.depthwise_dgrad)
+
+
 def geometry(x_shape, w_shape, **numbers) -> Conv2dGeometry:
-    # Broadcast views have the shape and hold one element.
-    x, w = (np.broadcast_to(np.float32(0), shape) for shape in (x_shape, w_shape))
-    return depthwise_geometry(x, w, **numbers)
+    return depthwise_geometry(x_shape, w_shape, **numbers)
 
 
 def test_the_default_is_runs_where_they_run_and_direct_elsewhere():
     g = geometry((16, 64, 512, 512), (64, 1, 3, 3))
-    assert plan.depthwise_forward(g, "float32", H200).source == "depthwise_forward_runs"
-    assert plan.depthwise_forward(g, "float32", RTX_5090).source == "depthwise_forward_runs"
+    assert plan.depthwise_forward(g, "float32", H200).source == "depthwise_runs"
+    assert plan.depthwise_forward(g, "float32", RTX_5090).source == "depthwise_runs"
     assert plan.depthwise_forward(g, "float32", T4).source == "depthwise_forward_direct"
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)
     assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
@@ -69,7 +70,7 @@ def test_every_plan_covers_the_output_and_fits_the_device(
         g = geometry(shape, (shape[1] * multiplier, 1, *kernel), stride=stride, dilation=dilation, padding=padding)
     except ValueError:
         return  # a kernel larger than its input
-    for variant in plan.DEPTHWISE_FORWARD:
+    for variant in plan.VARIANTS:
         try:
             chosen = plan.depthwise_forward(g, dtype, target, variant)
         except plan.Unsuitable:
@@ -145,19 +146,41 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
     """Names and order in the plan are those of the C++ struct."""
     from cuconv import kernels
 
-    for variant in plan.DEPTHWISE_FORWARD:
-        chosen = plan.depthwise_forward(geometry((2, 3, 9, 9), (3, 1, 3, 3)), "float32", H200, variant)
+    g = geometry((2, 3, 9, 9), (3, 1, 3, 3))
+    plans = [make(g, "float32", H200, variant) for make in PASSES for variant in plan.VARIANTS]
+    assert len({chosen.source for chosen in plans}) == 3
+    for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]
         fields = []
         for line in body.splitlines()[1:]:
             kind, _, names = line.split("//")[0].strip().rstrip(";").partition(" ")
-            fields += [
-                (name.strip(), {"int": "int32", "uint32": "uint32", "int64": "int64"}[kind])
-                for name in names.split(",")
-            ]
+            dtype = {"int": "int32", "uint32": "uint32", "int64": "int64"}[kind]
+            fields += [(name.strip(), dtype) for name in names.split(",")]
         struct = chosen.parameter_struct()
         assert [(name, str(struct.dtype[name])) for name in struct.dtype.names] == fields
+
+
+def test_dgrad_is_a_turned_forward_convolution_at_stride_1():
+    g = geometry((2, 3, 9, 12), (3, 1, 3, 2), padding=((0, 1), (3, 0)), dilation=(2, 1))
+    turned = plan._dgrad_as_forward(g)
+    assert (turned.x_shape, turned.y_shape) == (g.y_shape, g.x_shape)
+    assert turned.padding == ((4, 3), (-2, 1))
+    # The shapes follow from the paddings, negative ones too.
+    assert turned.P == turned.H + 4 + 3 - 2 * (3 - 1)
+    assert turned.Q == turned.W - 2 + 1 - (2 - 1)
+    chosen = plan.depthwise_dgrad(g, "float32", H200)
+    assert chosen.source == "depthwise_runs"
+    assert dict(chosen.defines)["TURNED"] == 1
+
+
+def test_dgrad_of_strides_and_multipliers_is_direct():
+    strided = geometry((2, 3, 9, 12), (3, 1, 3, 2), stride=(1, 2))
+    multiplied = geometry((2, 3, 9, 12), (6, 1, 3, 2))
+    for g in (strided, multiplied):
+        assert plan.depthwise_dgrad(g, "float32", H200).source == "depthwise_dgrad_direct"
+        with pytest.raises(plan.Unsuitable, match="stride 1 and multiplier 1"):
+            plan.depthwise_dgrad(g, "float32", H200, "runs")
 
 
 def test_planning_imports_no_cupy():

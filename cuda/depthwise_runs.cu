@@ -1,11 +1,12 @@
-// Depthwise convolution, forward, NCHW, by runs (sm_90 and newer).
+// Depthwise convolution, NCHW, by runs (sm_90 and newer): forward, and at stride 1 the gradient of the input, which is the
+// convolution of dy with the kernel turned around. The names are the forward pass's.
 //
 // A block owns a run of the output: some rows of one plane, or some whole neighbouring planes. The input rows that it
 // needs, halo included and full width, are a run too. One bulk copy brings it, lanes take columns and slide down the
 // rows, one bulk copy takes the results back. A block may do so for the same planes of several images in turn: its
 // weights then stay in registers, and the next image is on its way while this one is worked on.
 //
-// Compile-time values: T; R, S; PADDED (a tap may fall outside x); MULTIPLIED (several output channels an input channel);
+// Compile-time values: T; R, S; PADDED (a tap may fall outside x); TURNED (the kernel, both ways); MULTIPLIED (several output channels an input channel);
 // THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its patch); STRIDE_H, STRIDE_W (of the
 // patch, see below); DILATED; VECTOR, OUT_VECTOR (elements of one load and one store of shared memory: they divide W and
 // Q, and runs start at multiples of them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch
@@ -22,6 +23,7 @@ using Sum = Accumulator<T>;
 constexpr int kR = CUCONV_R;
 constexpr int kS = CUCONV_S;
 constexpr bool kPadded = CUCONV_PADDED;
+constexpr bool kTurned = CUCONV_TURNED;
 constexpr bool kMultiplied = CUCONV_MULTIPLIED;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kStages = CUCONV_STAGES;
@@ -91,8 +93,10 @@ __device__ __forceinline__ void load_row(const T* source, bool row_within, const
       Sum vector[kVector];
       load_widened<kVector>(source + kLeft + column, row_within, vector);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e)
-        if (column + e + kLeft < kSpanW) value[column + e + kLeft] = vector[e];
+      for (int e = 0; e < kVector; ++e) {
+        const int j = column + e + kLeft;
+        if (0 <= j && j < kSpanW) value[j] = vector[e];
+      }
     }
   } else {
 #pragma unroll
@@ -137,7 +141,7 @@ __device__ __forceinline__ void convolve(const Parameters& g, const T* source, i
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    depthwise_forward_runs(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
+    depthwise_runs(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   __shared__ uint64 full[kStages];
   const int thread = static_cast<int>(threadIdx.x);
@@ -193,7 +197,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int r = 0; r < kR; ++r)
 #pragma unroll
-    for (int s = 0; s < kS; ++s) weight[r][s] = widen(w[(static_cast<int64>(channel) * kR + r) * kS + s]);
+    for (int s = 0; s < kS; ++s) {
+      const int tap = kTurned ? kR * kS - 1 - (r * kS + s) : r * kS + s;
+      weight[r][s] = widen(w[static_cast<int64>(channel) * (kR * kS) + tap]);
+    }
   const Sum start = bias == nullptr ? Sum(0) : widen(bias[channel]);
   __syncthreads();
 
