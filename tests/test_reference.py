@@ -369,3 +369,37 @@ def test_a_read_only_out_and_a_masked_array_are_refused():
         cuconv.depthwise_conv2d(x, w, out=out)
     with pytest.raises(TypeError, match=r"x must be a numpy.ndarray.*MaskedArray"):
         cuconv.depthwise_conv2d(np.ma.masked_array(x), w)
+
+
+DGRAD = {
+    "padded": ((2, 3, 7, 9), (3, 1, 3, 2), (1, 1), ((1, 2), (0, 3)), (1, 1)),
+    "strided": ((2, 3, 11, 8), (3, 1, 3, 4), (2, 3), ((2, 0), (1, 1)), (1, 1)),
+    "dilated and strided": ((1, 2, 17, 19), (2, 1, 3, 3), (3, 2), ((1, 4), (3, 0)), (2, 3)),
+    "multiplied": ((2, 2, 6, 7), (6, 1, 2, 3), (1, 2), ((0, 1), (2, 0)), (1, 1)),
+    "more padding than reach": ((1, 2, 3, 4), (2, 1, 2, 2), (1, 2), ((6, 5), (3, 7)), (1, 1)),
+    "rows that no output needs": ((1, 1, 9, 8), (1, 1, 1, 1), (4, 3), ((0, 0), (0, 0)), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", DGRAD)
+def test_dgrad_against_torch(rng, case, dtype):
+    x_shape, w_shape, *numbers = DGRAD[case]
+    numbers = dict(zip(("stride", "padding", "dilation"), numbers, strict=True))
+    x, w, _ = oracle.random_arrays(rng, x_shape, w_shape, dtype)
+    dy = rng.standard_normal(oracle.convolve(x, w, **numbers).shape).astype(x.dtype)
+    out = np.full(x_shape, np.nan).astype(x.dtype)
+    dx = cuconv.depthwise_conv2d_dgrad(dy, w, x_shape, out=out, **numbers)
+    assert dx is out
+    exact, magnitude = (oracle.dgrad(of(dy), of(w), x_shape, **numbers) for of in (np.asarray, np.abs))
+    assert_right(dx, exact, magnitude, w)
+
+
+def assert_right(dx, exact, magnitude, w):
+    """Sums in float64, rounded once: half a unit in the last place, and what float64 itself loses."""
+    unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}[dx.dtype.name]
+    tiny = {"float16": 2.0**-25}.get(dx.dtype.name, 0)
+    bound = unit * np.abs(exact) + (w.size + 1) * 2.0**-53 * magnitude + tiny
+    assert (np.abs(dx.astype(np.float64) - exact) <= bound).all()
+    # Where no output has a part, the gradient is zero; elsewhere, with random data, hardly ever.
+    assert np.count_nonzero(dx) >= np.count_nonzero(magnitude) // 2
