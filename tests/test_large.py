@@ -17,41 +17,41 @@ from cuconv import plan
 SHAPES = {"one_plane": (1, 1, 1_074_000, 2000), "many_planes": (46_400, 725, 8, 8)}
 
 
-@pytest.mark.skipif(not hostcuda.available(), reason="no g++: kernels do not run on the host")
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_the_last_block_of_more_than_2_to_the_31_elements(monkeypatch, rng, shape, variant):
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def large(request, monkeypatch, rng):
+    """An array of zeros with random numbers at its end, and w, for the kernels on the host: the last block alone."""
+    if not hostcuda.available():
+        pytest.skip("no g++: kernels do not run on the host")
     monkeypatch.setitem(sys.modules, "cupy", hostcuda.cupy_twin)
     forget_kernels()
-    x = np.zeros(shape, np.float16)  # pages that nobody writes take no memory
-    part = x[-1:, -1:, -8:]
+    shape = request.param
+    array = np.zeros(shape, np.float16)  # pages that nobody writes take no memory
+    assert array.size > 2**31
+    part = array[-1:, -1:, -8:]
     part[...] = rng.standard_normal(part.shape)
     w = rng.standard_normal((shape[1], 1, 2, 1)).astype(np.float16)
-    with hostcuda.simulate(blocks=slice(-1, None), poison=False), plan.variant(variant):
-        y = cuconv.depthwise_conv2d(x.view(hostcuda.cupy_twin.ndarray), hostcuda.cupy_twin.asarray(w))
+    with hostcuda.simulate(blocks=slice(-1, None), poison=False):
+        yield array.view(hostcuda.cupy_twin.ndarray), hostcuda.cupy_twin.asarray(w)
     forget_kernels()
-    assert x.size > 2**31
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_the_last_block_of_a_large_convolution(large, variant):
+    x, w = large
+    with plan.variant(variant):
+        y = cuconv.depthwise_conv2d(x, w)
     # The last 8 columns of the last row belong to the last block of every variant.
-    oracle.assert_within_bound(np.asarray(y[-1:, -1:, -1:, -8:]), x[-1:, -1:, -2:, -8:], w[-1:])
+    last = (np.asarray(a) for a in (y[-1:, -1:, -1:, -8:], x[-1:, -1:, -2:, -8:], w[-1:]))
+    oracle.assert_within_bound(*last)
 
 
-@pytest.mark.skipif(not hostcuda.available(), reason="no g++: kernels do not run on the host")
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_the_last_block_of_a_large_dgrad(monkeypatch, rng, shape, variant):
-    monkeypatch.setitem(sys.modules, "cupy", hostcuda.cupy_twin)
-    forget_kernels()
-    dy = np.zeros(shape, np.float16)
-    part = dy[-1:, -1:, -8:]
-    part[...] = rng.standard_normal(part.shape)
-    w = rng.standard_normal((shape[1], 1, 2, 1)).astype(np.float16)
-    x_shape = (*shape[:2], shape[2] + 1, shape[3])
-    with hostcuda.simulate(blocks=slice(-1, None), poison=False), plan.variant(variant):
-        dx = cuconv.depthwise_conv2d_dgrad(dy.view(hostcuda.cupy_twin.ndarray), hostcuda.cupy_twin.asarray(w), x_shape)
-    forget_kernels()
-    assert dx.size > 2**31
+def test_the_last_block_of_a_large_dgrad(large, variant):
+    dy, w = large
+    with plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(dy, w, (*dy.shape[:2], dy.shape[2] + 1, dy.shape[3]))
     # The last row of dx is the last row of dy times the last row of w.
-    exact = dy[-1, -1, -1, -8:].astype(np.float64) * float(w[-1, 0, 1, 0])
+    exact = np.asarray(dy[-1, -1, -1, -8:], np.float64) * float(w[-1, 0, 1, 0])
     np.testing.assert_array_equal(np.asarray(dx[-1, -1, -1, -8:]), exact.astype(np.float16))
 
 
