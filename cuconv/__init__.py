@@ -1,6 +1,6 @@
 """cuconv: depthwise convolution on GPU arrays, at the speed of their memory."""
 
-from .depthwise import depthwise_conv2d, depthwise_conv2d_dgrad
+from .depthwise import depthwise_conv2d, depthwise_conv2d_dgrad, depthwise_conv2d_wgrad
 
-__all__ = ["depthwise_conv2d", "depthwise_conv2d_dgrad"]
+__all__ = ["depthwise_conv2d", "depthwise_conv2d_dgrad", "depthwise_conv2d_wgrad"]
 __version__ = "0.1.0"

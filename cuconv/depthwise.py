@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import interop, kernels, plan, reference
-from .geometry import check_dtypes, check_out, check_shape, depthwise_geometry, shape_argument
+from .geometry import check_dtypes, check_out, check_shape, depthwise_geometry, pair_argument, shape_argument
 
 
 def depthwise_conv2d(
@@ -176,3 +176,111 @@ def depthwise_conv2d_dgrad(
             # 5. Launch.
             kernel(dy.data.ptr, w.data.ptr, 0, dx.data.ptr)
         return interop.delivered(dx, out)
+
+
+def depthwise_conv2d_wgrad(
+    dy: Any,
+    x: Any,
+    w_shape: Any,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    bias: bool = False,
+    out: Any = None,
+    workspace: Any = None,
+) -> Any:
+    """Gradients of a depthwise 2-D convolution with respect to its weights and, if asked for, its bias, in one pass.
+
+    ``dw[c*M + m, 0, r, s] = sum over n, p, q of dy[n, c*M + m, p, q] * x[n, c, row, column]``, with row and column as
+    in depthwise_conv2d, and zero outside x; ``dbias[k] = sum over n, p, q of dy[n, k, p, q]``. The same input gives
+    the same bits.
+
+    Equivalent to ``torch.nn.grad.conv2d_weight(x, w_shape, dy, stride, padding, dilation, groups=x.shape[1])`` and
+    ``dy.sum((0, 2, 3))``.
+
+    Parameters
+    ----------
+    dy : (N, C*M, P, Q) float16, bfloat16, float32 or float64
+        The gradient with respect to the convolution's output. A NumPy or a CuPy array, as in depthwise_conv2d.
+    x : (N, C, H, W), the dtype of dy
+        The convolution's input.
+    w_shape : (C*M, 1, R, S)
+        The weights' shape, which dy and x do not tell at strides above 1.
+    stride, padding, dilation
+        As they were in depthwise_conv2d.
+    bias : bool
+        Whether dbias is wanted too.
+    out : (C*M, 1, R, S), the dtype of dy, optional; with bias the pair of it and (C*M,)
+        Where the result is written; any strides that do not overlap, and no memory of an input.
+    workspace : any shape and dtype, C-contiguous, optional
+        Where sums are kept under way, in place of memory from CuPy's pool. The error for one that is too small says how
+        many bytes are needed. NumPy arrays need none.
+
+    Returns
+    -------
+    dw : (C*M, 1, R, S), the dtype of dy; with bias the pair of it and dbias, (C*M,)
+        Sums are made in float32, for float64 in float64 (NumPy arrays: always float64), and rounded once.
+
+    Raises
+    ------
+    TypeError
+        For another kind of array, dtype or number, and for arrays of different kinds or dtypes.
+    ValueError
+        For shapes and numbers that have no convolution, a dy that is not of its output's shape, arrays on different
+        GPUs, an out that overlaps, and a workspace that is too small.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> dy = np.ones((1, 1, 2, 3), np.float32)
+    >>> x = np.arange(12, dtype=np.float32).reshape(1, 1, 3, 4)
+    >>> dw, dbias = cuconv.depthwise_conv2d_wgrad(dy, x, (1, 1, 2, 2), bias=True)
+    >>> dw[0, 0]
+    array([[18., 24.],
+           [42., 48.]], dtype=float32)
+    >>> dbias
+    array([6.], dtype=float32)
+    """
+    # 1. Check.
+    dw_out, dbias_out = pair_argument("out", out) if bias and out is not None else (out, None)
+    module = interop.array_module(dy=dy, x=x, out=dw_out, dbias=dbias_out, workspace=workspace)
+    dtype = check_dtypes(dy=dy, x=x)
+    w_shape = shape_argument("w_shape", w_shape)
+    geometry = depthwise_geometry(x.shape, w_shape, stride=stride, padding=padding, dilation=dilation)
+    check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
+    inputs = {"dy": dy, "x": x}
+    device = None if module is np else interop.one_device(**inputs, out=dw_out, dbias=dbias_out, workspace=workspace)
+    if dw_out is not None:
+        check_out(dw_out, geometry.w_shape, dy.dtype)
+        interop.check_apart(dw_out, **inputs, dbias=dbias_out)
+    if dbias_out is not None:
+        check_out(dbias_out, (geometry.K,), dy.dtype)
+        interop.check_apart(dbias_out, **inputs)
+    if workspace is not None:
+        interop.check_apart(workspace, **inputs, out=dw_out, dbias=dbias_out, name="workspace")
+    if device is None:
+        return reference.depthwise_conv2d_wgrad(dy, x, bias, geometry, dw_out, dbias_out)
+    with device:
+        # 2. Allocate.
+        dy, x = interop.contiguous(dy), interop.contiguous(x)
+        dw = interop.output(dw_out, module, geometry.w_shape, dy.dtype)
+        dbias = interop.output(dbias_out, module, (geometry.K,), dy.dtype) if bias else None
+        if geometry.N:
+            # 3. Plan.
+            aligned = (dy.data.ptr | x.data.ptr) % plan.VECTOR_BYTES == 0
+            target, forced = kernels.target(device.id), plan.forced_variant()
+            chosen = plan.depthwise_wgrad(geometry, dtype, bool(bias), target, forced, aligned)
+            partials = interop.workspace(workspace, module, chosen.workspace_bytes)
+            # 4. Kernels.
+            sum_slabs, add_slabs = kernels.load(chosen.partials, device.id), kernels.load(chosen.reduce, device.id)
+            # 5. Launch.
+            sum_slabs(dy.data.ptr, x.data.ptr, partials.data.ptr)
+            add_slabs(partials.data.ptr, dw.data.ptr, 0 if dbias is None else dbias.data.ptr)
+        else:
+            for gradient in (dw, dbias):
+                if gradient is not None:
+                    gradient.fill(0)
+        dw = interop.delivered(dw, dw_out)
+        return dw if dbias is None else (dw, interop.delivered(dbias, dbias_out))

@@ -92,6 +92,13 @@ def shape_argument(name: str, shape: Any) -> tuple[int, ...]:
     return tuple(_integer(name, extent, 0) for extent in shape)
 
 
+def pair_argument(name: str, pair: Any) -> tuple[Any, Any]:
+    """Two things that the caller gave as one argument."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair, and is {type(pair).__name__}")
+    return pair[0], pair[1]
+
+
 def check_dtypes(**arrays: Any) -> str:
     """The name of the one dtype of all given arrays, one of DTYPES; arrays that are None do not count."""
     first, dtype = "", ""

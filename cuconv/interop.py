@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 
+# Sums in float64 lie there.
+WORKSPACE_ALIGNMENT = 8
+# Arguments that need not be given.
+OPTIONAL = ("bias", "out", "dbias", "workspace")
+
 
 def array_module(**arrays: Any) -> ModuleType:
-    """The one module, numpy or cupy, that all arrays belong to; bias and out may be None.
+    """The one module, numpy or cupy, that all arrays belong to; those named in OPTIONAL may be None.
 
     Raises TypeError for anything that is not such an array, and for a mixture of the two.
     """
     first, owner = "", None
     for name, array in arrays.items():
-        if array is None and name in ("bias", "out"):
+        if array is None and name in OPTIONAL:
             continue
         module = _owner(name, array)
         if owner is None:
@@ -44,6 +49,19 @@ def is_contiguous(array: Any) -> bool:
 def output(out: Any, module: ModuleType, shape: tuple[int, ...], dtype: Any) -> Any:
     """What a kernel writes to: `out` where it can, otherwise a new CuPy array."""
     return out if out is not None and is_contiguous(out) else module.empty(shape, dtype)
+
+
+def workspace(given: Any, module: ModuleType, size: int) -> Any:
+    """A CuPy array of at least `size` bytes: the one given, or a new one."""
+    if given is None:
+        return module.empty(size, np.uint8)
+    if not given.flags.c_contiguous:
+        raise ValueError(f"workspace must be C-contiguous, and has strides {given.strides}")
+    if given.data.ptr % WORKSPACE_ALIGNMENT:
+        raise ValueError(f"workspace must start at a multiple of {WORKSPACE_ALIGNMENT} bytes")
+    if given.nbytes < size:
+        raise ValueError(f"workspace must have at least {size} bytes, and has {given.nbytes}")
+    return given
 
 
 def delivered(result: Any, out: Any) -> Any:
@@ -82,11 +100,11 @@ def one_device(**arrays: Any) -> Any:
     return device
 
 
-def check_apart(out: Any, **inputs: Any) -> None:
-    """Refuse an out that shares memory with an input; inputs may be None."""
-    for name, array in inputs.items():
-        if array is not None and share_memory(out, array):
-            raise ValueError(f"out must not overlap an input, and shares memory with {name}")
+def check_apart(written: Any, *, name: str = "out", **others: Any) -> None:
+    """Refuse an array that is written to and shares memory with another; those may be None."""
+    for other, array in others.items():
+        if array is not None and share_memory(written, array):
+            raise ValueError(f"{name} must not overlap another array, and shares memory with {other}")
 
 
 def share_memory(a: Any, b: Any) -> bool:

@@ -78,6 +78,40 @@ def depthwise_conv2d_dgrad(dy: Array, w: Array, geometry: Conv2dGeometry, out: A
     return dx
 
 
+def depthwise_conv2d_wgrad(
+    dy: Array,
+    x: Array,
+    bias: bool,
+    geometry: Conv2dGeometry,
+    dw_out: Array | None = None,
+    dbias_out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """dw[c*M + m, 0, r, s] = sum over n, p, q of dy[n, c*M + m, p, q] * x[n, c, row(p, r), column(q, s)]; with bias
+    also dbias[k] = sum over n, p, q of dy[n, k, p, q].
+
+    dy (N, C*M, P, Q), x (N, C, H, W), dw and dw_out (C*M, 1, R, S), dbias and dbias_out (C*M,).
+    """
+    g = geometry
+    weights = np.zeros((g.C, g.multiplier, g.R, g.S))
+    biases = np.zeros((g.C, g.multiplier))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for images, channels in _chunks(g):
+            outputs = slice(channels.start * g.multiplier, channels.stop * g.multiplier)
+            padded = np.pad(x[images, channels].astype(np.float64), ((0, 0), (0, 0), *g.padding))
+            gradient = dy[images, outputs].astype(np.float64).reshape(*padded.shape[:2], g.multiplier, g.P, g.Q)
+            for r, s in np.ndindex(g.R, g.S):
+                tap = _tap(padded, g, r, s)
+                weights[channels, :, r, s] += np.einsum("ncmpq,ncpq->cm", gradient, tap)
+            biases[channels] += gradient.sum(axis=(0, 3, 4))
+    dw = np.empty(g.w_shape, dy.dtype) if dw_out is None else dw_out
+    dw[...] = rounded(weights.reshape(g.w_shape), dy.dtype)
+    if not bias:
+        return dw
+    dbias = np.empty(g.K, dy.dtype) if dbias_out is None else dbias_out
+    dbias[...] = rounded(biases.reshape(-1), dy.dtype)
+    return dw, dbias
+
+
 class _DgradTap(NamedTuple):
     """Along one axis, what one kernel row or column takes part in: x from `start` on in steps of the stride, with dy
     from `first` to `last`, which need not exist."""

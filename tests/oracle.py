@@ -36,6 +36,15 @@ def dgrad(dy, w, x_shape, *, stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(
     return dx.numpy()[:, :, top : top + H, left : left + W]
 
 
+def wgrad(dy, x, w_shape, *, stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1)):
+    """The gradient of convolve with respect to w, and that of its bias."""
+    (top, bottom), (left, right) = padding
+    padded = functional.pad(_tensor(x), (left, right, top, bottom))
+    dy = _tensor(dy)
+    dw = torch.nn.grad.conv2d_weight(padded, w_shape, dy, stride, 0, dilation, groups=x.shape[1])
+    return dw.numpy(), dy.sum((0, 2, 3)).numpy()
+
+
 def assert_within_bound(y, x, w, bias=None, **numbers):
     """|y - exact| <= u_out*|exact| + (taps + 1) * u_sum * (|x| conv |w| + |bias|), for finite data."""
     magnitude = convolve(np.abs(x), np.abs(w), None if bias is None else np.abs(bias), **numbers)
@@ -46,6 +55,15 @@ def assert_dgrad_within_bound(dx, dy, w, **numbers):
     """As assert_within_bound; a sum has at most as many terms as a channel has weights."""
     exact, magnitude = (dgrad(of(dy), of(w), dx.shape, **numbers) for of in (np.asarray, np.abs))
     _assert_bound(dx, exact, magnitude, w.size // dx.shape[1])
+
+
+def assert_wgrad_within_bound(dw, dbias, dy, x, **numbers):
+    """As assert_within_bound; a sum has as many terms as a channel has elements of dy. dbias may be None."""
+    of = [wgrad(of(dy), of(x), dw.shape, **numbers) for of in (np.asarray, np.abs)]
+    terms = dy.size // dy.shape[1]
+    for gradient, exact, magnitude in zip((dw, dbias), *of, strict=True):
+        if gradient is not None:
+            _assert_bound(gradient, exact, magnitude, terms)
 
 
 def _assert_bound(y, exact, magnitude, taps):

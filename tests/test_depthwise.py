@@ -7,7 +7,8 @@ import oracle
 import pytest
 
 import cuconv
-from cuconv import plan
+from cuconv import kernels, plan
+from cuconv.plan import runs, wgrad
 
 # name: x, w, stride, padding, dilation. Rows, columns and their numbers differ wherever they can; the product of all
 # choices is pruned to geometries that each reach a branch of a kernel or of its plan that the others do not.
@@ -36,11 +37,10 @@ GEOMETRIES = {
     "one_column": ((2, 3, 40, 1), (3, 1, 4, 1), (1, 1), ((1, 2), (0, 0)), (1, 1)),
     "large_kernel": ((1, 2, 20, 35), (2, 1, 11, 31), (1, 1), ((5, 5), (15, 15)), (1, 1)),
 }
-RUNS_MAX_TAPS = 64
 
 
 def variants(w_shape):
-    return ("direct", "runs") if w_shape[2] * w_shape[3] <= RUNS_MAX_TAPS else ("direct",)
+    return ("direct", "runs") if w_shape[2] * w_shape[3] <= runs.MAX_TAPS else ("direct",)
 
 
 def cases(dtypes):
@@ -118,12 +118,160 @@ def test_dgrad_refuses_what_does_not_fit(device):
         cuconv.depthwise_conv2d_dgrad(dy, w, 7)
     with pytest.raises(TypeError, match=r"w must have dy's dtype, float32.*float64"):
         cuconv.depthwise_conv2d_dgrad(dy, w.astype(np.float64), (2, 3, 7, 8))
-    with pytest.raises(ValueError, match=r"out must not overlap an input.*dy"):
+    with pytest.raises(ValueError, match=r"out must not overlap another array.*dy"):
         cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 5, 6), padding=1, out=dy)
     with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs.*stride 1.*\(2, 2\)"):
         cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 11, 13), stride=2)
     empty = cuconv.depthwise_conv2d_dgrad(dy[:0], w, (0, 3, 7, 8))
     assert empty.shape == (0, 3, 7, 8)
+
+
+def gradients(rng, x_shape, w_shape, dtype, numbers):
+    """dy and x of a convolution, random."""
+    x, w, _ = oracle.random_arrays(rng, x_shape, w_shape, dtype)
+    return rng.standard_normal(oracle.convolve(x, w, **numbers).shape).astype(x.dtype), x
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "numbers", "dtype", "variant"), list(cases(oracle.DTYPES)))
+def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, w_shape, numbers, dtype, variant):
+    dy, x = gradients(rng, x_shape, w_shape, dtype, numbers)
+    dw_out, dw_guards = device.guarded(w_shape, x.dtype)
+    dbias_out, dbias_guards = device.guarded(w_shape[:1], x.dtype)
+    arrays = device.array(dy), device.array(x), w_shape
+    with plan.variant(variant):
+        dw, dbias = cuconv.depthwise_conv2d_wgrad(*arrays, bias=True, out=(dw_out, dbias_out), **numbers)
+        alone = cuconv.depthwise_conv2d_wgrad(*arrays, **numbers)
+    assert dw is dw_out
+    assert dbias is dbias_out
+    oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers)
+    oracle.assert_wgrad_within_bound(device.host(alone), None, dy, x, **numbers)
+    dw_guards.assert_untouched()
+    dbias_guards.assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kind_of_tile_of_wgrad(device, rng, dtype):
+    """Units of rows and of planes, few and many slabs, all stages, patches that end where dy does and that do not."""
+    for x_shape, w_shape, numbers in (
+        ((3, 20, 14, 14), (20, 1, 3, 3), {"padding": ((1, 1), (1, 1))}),
+        ((5, 2, 37, 22), (4, 1, 2, 3), {"padding": ((1, 0), (2, 1)), "stride": (2, 1)}),
+        ((2, 3, 40, 31), (3, 1, 3, 2), {"padding": ((2, 2), (0, 3)), "dilation": (2, 3)}),
+    ):
+        dy, x = gradients(rng, x_shape, w_shape, dtype, numbers)
+        g = cuconv.geometry.depthwise_geometry(x_shape, w_shape, **numbers)
+        kinds = {}
+        for tile in wgrad.tiles(g, dtype, True, device.target, aligned=True):
+            patch = tile.patch
+            exact = g.P % (patch.rows * patch.spacing[0]) == 0 == g.Q % (patch.columns * patch.spacing[1])
+            kind = (exact, patch.whole_rows, patch.vector, tile.block_planes > 1, tile.block_rows < g.P, tile.stages)
+            kinds.setdefault((*kind, tile.slabs > g.N, patch.rows > 1), tile)
+        assert len(kinds) > 20
+        for tile in kinds.values():
+            chosen = wgrad.tile_plan(g, dtype, True, device.target, tile)
+            dw, dbias = (device.guarded(shape, x.dtype) for shape in (w_shape, w_shape[:1]))
+            workspace = device.array(np.full(chosen.workspace_bytes, 0xFF, np.uint8))
+            on_device = device.array(dy), device.array(x)
+            kernels.load(chosen.partials, 0)(*(a.data.ptr for a in on_device), workspace.data.ptr)
+            kernels.load(chosen.reduce, 0)(workspace.data.ptr, dw[0].data.ptr, dbias[0].data.ptr)
+            oracle.assert_wgrad_within_bound(device.host(dw[0]), device.host(dbias[0]), dy, x, **numbers)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_nan_and_infinity_in_wgrad_reach_what_they_meet(device, rng, variant):
+    """An infinite x at an edge meets some taps only; a dy of infinity meets the zeros of the padding. At every width
+    there are patches that reach beyond dy, whose missing elements must meet nothing."""
+    for width in (5, 8, 11, 13, 37):
+        numbers = {"stride": (1, 1), "padding": ((1, 1), (1, 0)), "dilation": (1, 1)}
+        dy, x = gradients(rng, (2, 3, 9, width), (3, 1, 3, 2), "float32", numbers)
+        x[0, 0, -1, -1] = np.inf
+        x[1, 1, 0, 0] = np.nan
+        dy[1, 2, 0, -1] = np.inf
+        expected = oracle.wgrad(dy, x, (3, 1, 3, 2), **numbers)
+        with plan.variant(variant):
+            given = device.array(dy), device.array(x)
+            results = cuconv.depthwise_conv2d_wgrad(*given, (3, 1, 3, 2), bias=True, **numbers)
+        for exact, result in zip(expected, results, strict=True):
+            result = device.host(result)
+            np.testing.assert_array_equal(np.isfinite(result), np.isfinite(exact))
+            np.testing.assert_array_equal(result[~np.isfinite(exact)], exact[~np.isfinite(exact)])
+        finite = np.isfinite(expected[0])
+        assert finite[:2].any(axis=(1, 2, 3)).all()
+        assert not finite.all(axis=(1, 2, 3)).any()
+        assert {*np.isnan(expected[0][2]).ravel()} == {True, False}
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_small_integers_are_exact_in_wgrad(device, rng, dtype, variant):
+    dy = rng.integers(-2, 3, (3, 6, 8, 5)).astype(oracle.DTYPES[dtype])
+    x = rng.integers(-1, 2, (3, 3, 8, 10)).astype(oracle.DTYPES[dtype])
+    numbers = {"stride": (1, 2), "padding": ((2, 0), (1, 0)), "dilation": (1, 1)}
+    with plan.variant(variant):
+        dw, dbias = cuconv.depthwise_conv2d_wgrad(device.array(dy), device.array(x), (6, 1, 3, 2), bias=True, **numbers)
+    exact = oracle.wgrad(dy, x, (6, 1, 3, 2), **numbers)
+    for result, expected in zip((dw, dbias), exact, strict=True):
+        np.testing.assert_array_equal(device.host(result).astype(np.float64), expected)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_same_bits_of_wgrad_every_time(device, rng, variant):
+    dy, x = (device.array(rng.standard_normal((9, 5, 37, 41)).astype(np.float32)) for _ in range(2))
+
+    def bits():
+        gradients = cuconv.depthwise_conv2d_wgrad(dy, x, (5, 1, 3, 3), padding=1, bias=True)
+        return np.concatenate([device.host(one).ravel() for one in gradients]).view(np.uint32)
+
+    with plan.variant(variant):
+        first = bits()
+        for _ in range(device.repeats):
+            np.testing.assert_array_equal(bits(), first)
+
+
+def test_wgrad_out_and_workspace(device, rng):
+    numbers = {"padding": ((1, 1), (1, 1))}
+    dy, x = gradients(rng, (2, 3, 9, 8), (3, 1, 3, 3), "float32", numbers)
+    on_device = device.array(dy), device.array(x), (3, 1, 3, 3)
+    buffer, bias_buffer = device.array(np.zeros((3, 2, 3, 6), np.float32)), device.array(np.zeros(6, np.float32))
+    out = (buffer[:, 1:, ::-1, ::2], bias_buffer[::-2])
+    with pytest.raises(ValueError, match=r"workspace must have at least \d+ bytes, and has 8") as refusal:
+        cuconv.depthwise_conv2d_wgrad(*on_device, bias=True, workspace=device.array(np.zeros(8, np.uint8)), **numbers)
+    needed = int(str(refusal.value).split("at least ")[1].split()[0])
+    workspace = device.array(np.full(-(-needed // 4), np.nan, np.float32))
+    results = cuconv.depthwise_conv2d_wgrad(*on_device, bias=True, out=out, workspace=workspace, **numbers)
+    assert all(result is given for result, given in zip(results, out, strict=True))
+    oracle.assert_wgrad_within_bound(*map(device.host, out), dy, x, **numbers)
+    assert not device.host(buffer)[:, 0].any()
+    assert not device.host(buffer)[..., 1::2].any()
+
+
+def test_wgrad_refuses_what_does_not_fit(device):
+    dy, x = (device.array(np.ones((2, 3, 5, 6), np.float32)) for _ in range(2))
+    wgrad = cuconv.depthwise_conv2d_wgrad
+    with pytest.raises(ValueError, match=r"dy must have shape \(2, 3, 3, 4\).*\(2, 3, 5, 6\)"):
+        wgrad(dy, x, (3, 1, 3, 3))
+    with pytest.raises(TypeError, match=r"w_shape must be a tuple.*3"):
+        wgrad(dy, x, 3)
+    with pytest.raises(TypeError, match=r"x must have dy's dtype, float32.*float64"):
+        wgrad(dy, x.astype(np.float64), (3, 1, 1, 1))
+    with pytest.raises(TypeError, match=r"out must be a pair, and is"):
+        wgrad(dy, x, (3, 1, 1, 1), bias=True, out=device.array(np.ones((3, 1, 1, 1), np.float32)))
+    pair = tuple(device.array(np.ones(shape, np.float32)) for shape in ((3, 1, 1, 1), (4,)))
+    with pytest.raises(ValueError, match=r"out must have the result's shape, \(3,\), and has \(4,\)"):
+        wgrad(dy, x, (3, 1, 1, 1), bias=True, out=pair)
+    with pytest.raises(ValueError, match=r"out must not overlap another array.*x"):
+        wgrad(dy, x, (3, 1, 1, 1), out=x[:1, :, :1, :1].reshape(3, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"workspace must not overlap another array.*dy"):
+        wgrad(dy, x, (3, 1, 1, 1), workspace=dy)
+    with pytest.raises(ValueError, match=r"workspace must be C-contiguous"):
+        wgrad(dy, x, (3, 1, 1, 1), workspace=device.array(np.ones((9, 9), np.float32))[:, ::2])
+    with pytest.raises(TypeError, match=r"dy is a .* array and x a numpy array"):
+        wgrad(dy, device.host(x), (3, 1, 1, 1))
+
+
+def test_wgrad_of_an_empty_batch_is_zero(device):
+    dy, x = (device.array(np.ones((0, 3, 5, 6), np.float32)) for _ in range(2))
+    for gradient in cuconv.depthwise_conv2d_wgrad(dy, x, (3, 1, 3, 3), padding=1, bias=True):
+        np.testing.assert_array_equal(device.host(gradient), np.zeros(gradient.shape))
 
 
 @pytest.mark.parametrize("variant", ["direct", "runs"])
@@ -168,13 +316,13 @@ def test_several_images_a_block(device, rng):
     geometry = cuconv.geometry.depthwise_geometry(x.shape, w.shape, padding=1)
     tiles = {
         tile.block_images: tile
-        for patch in plan._runs_patches(geometry, "float32", aligned=True)
-        for tile in plan._runs_tiles(geometry, "float32", patch, device.target.shared_per_block // 2)
+        for patch in runs.patches(geometry, "float32", aligned=True)
+        for tile in runs.tiles(geometry, "float32", patch, device.target.shared_per_block // 2)
         if tile.block_planes > 1
     }
     assert set(tiles) == {1, 2, 4}
     for tile in tiles.values():
-        y = device.launch(plan._runs_plan(geometry, "float32", tile), x, w, bias, geometry.y_shape)
+        y = device.launch(runs.tile_plan(geometry, "float32", tile), x, w, bias, geometry.y_shape)
         oracle.assert_within_bound(y, x, w, bias, padding=((1, 1), (1, 1)))
 
 
@@ -272,7 +420,7 @@ def test_same_bits_every_time(device, rng):
 def test_out_may_not_overlap_an_input(device):
     buffer = device.array(np.ones((2, 4, 6, 6), np.float32))
     w = device.array(np.ones((2, 1, 3, 3), np.float32))
-    with pytest.raises(ValueError, match=r"out must not overlap an input.*x"):
+    with pytest.raises(ValueError, match=r"out must not overlap another array.*x"):
         cuconv.depthwise_conv2d(buffer[:, :2], w, padding=1, out=buffer[:, 1:3])
     # Neighbouring channels of one buffer interleave in memory, and share none of it.
     y = cuconv.depthwise_conv2d(buffer[:, :2], w, padding=1, out=buffer[:, 2:])

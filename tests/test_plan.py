@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
+from cuconv.plan import base, runs
 
 H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
 
@@ -103,7 +104,7 @@ def test_every_plan_covers_the_output_and_fits_the_device(
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 63, 1000, 2**15 - 1])
 def test_division_by_a_magic_number_is_exact(divisor):
     numbers = np.arange(2**15, dtype=np.uint64)
-    np.testing.assert_array_equal(numbers * np.uint64(plan._magic(divisor)) >> np.uint64(31), numbers // divisor)
+    np.testing.assert_array_equal(numbers * np.uint64(base.magic(divisor)) >> np.uint64(31), numbers // divisor)
 
 
 def test_offsets_are_64_bit_only_where_needed():
@@ -131,11 +132,11 @@ def test_the_number_of_variants_is_bounded():
             for name, value in plan.depthwise_forward(g, "float32", H200).defines:
                 seen.setdefault(name, set()).add(value)
     choices = {name: len(values) for name, values in seen.items()}
-    assert choices.pop("ROWS") <= len(plan._RUNS_ROWS)
+    assert choices.pop("ROWS") <= len(runs._ROWS)
     # A number of columns, and with it the padding and W, comes from the shape where a patch spans a narrow row.
-    assert choices.pop("COLUMNS") <= len(plan._RUNS_COLUMNS) + plan._RUNS_MAX_WIDTH
-    assert choices.pop("WIDTH") <= 2 * plan._RUNS_MAX_WIDTH + 1
-    assert choices.pop("THREADS") <= len(plan._RUNS_THREADS)
+    assert choices.pop("COLUMNS") <= len(runs._COLUMNS) + runs._MAX_WIDTH
+    assert choices.pop("WIDTH") <= 2 * runs._MAX_WIDTH + 1
+    assert choices.pop("THREADS") <= len(runs._THREADS)
     assert choices.pop("VECTOR") <= 3
     assert choices.pop("OUT_VECTOR") <= 3
     assert choices.pop("LEFT") <= 10
@@ -163,7 +164,7 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
 
 def test_dgrad_is_a_turned_forward_convolution_at_stride_1():
     g = geometry((2, 3, 9, 12), (3, 1, 3, 2), padding=((0, 1), (3, 0)), dilation=(2, 1))
-    turned = plan._dgrad_as_forward(g)
+    turned = runs.dgrad_as_forward(g)
     assert (turned.x_shape, turned.y_shape) == (g.y_shape, g.x_shape)
     assert turned.padding == ((4, 3), (-2, 1))
     # The shapes follow from the paddings, negative ones too.

@@ -326,7 +326,7 @@ def test_out_over_an_input(name):
     }
     first = {"x": 191, "w": 1005, "bias": 3005}[name]
     before = memory.copy()
-    with pytest.raises(ValueError, match=f"out must not overlap an input, and shares memory with {name}"):
+    with pytest.raises(ValueError, match=f"out must not overlap another array, and shares memory with {name}"):
         cuconv.depthwise_conv2d(**parts, out=memory[first : first + 384].reshape(2, 6, 4, 8))
     np.testing.assert_array_equal(memory, before)
     beside = memory[first + 1 : first + 385].reshape(2, 6, 4, 8)

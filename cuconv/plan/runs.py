@@ -1,221 +1,44 @@
-"""From geometry, dtype and device to a frozen Plan: which kernel, its compile-time values, its grid and its block.
-
-Planning is pure arithmetic on integers: it needs no GPU, searches nothing by trial and is cached.
-"""
+"""Runs, for compute capability 9.0 and newer: see cuda/runs.cuh and cuda/depthwise_runs.cu."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
-from typing import Any
 
-import numpy as np
-
-from .geometry import Conv2dGeometry, Pair
-
-# The C++ name (cuda/numbers.cuh) and the bytes of every dtype.
-DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("f32", 4), "float64": ("f64", 8)}
-
-MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What planning needs to know of a device; shared memory in bytes."""
-
-    architecture: int
-    multiprocessors: int
-    shared_per_block: int
-    shared_per_multiprocessor: int
-
-
-# A usual device of each architecture, by which kernels are planned and compiled where there is none: shared memory as
-# in the table of compute capabilities of the CUDA programming guide.
-TARGETS = {
-    target.architecture: target
-    for target in (
-        Target(75, 40, 64 * 1024, 64 * 1024),
-        Target(80, 108, 163 * 1024, 164 * 1024),
-        Target(86, 84, 99 * 1024, 100 * 1024),
-        Target(89, 128, 99 * 1024, 100 * 1024),
-        Target(90, 132, 227 * 1024, 228 * 1024),
-        Target(100, 148, 227 * 1024, 228 * 1024),
-        Target(120, 170, 99 * 1024, 100 * 1024),
-    )
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One launch of cuda/<source>.cu, whose entry has the same name."""
-
-    source: str
-    defines: tuple[tuple[str, int | str], ...]
-    grid: tuple[int, int, int]
-    block: int
-    shared_bytes: int
-    parameters: tuple[tuple[str, int], ...]
-
-    def parameter_struct(self) -> np.void:
-        """The kernel's by-value Parameters: 32-bit integers in order; those named total_* have 64 bits, and those
-        named *_magic no sign."""
-        fields = [(name, _field_type(name)) for name, _ in self.parameters]
-        struct: np.void = np.zeros(1, np.dtype(fields, align=True))[0]
-        for name, value in self.parameters:
-            struct[name] = value
-        return struct
-
-
-def _field_type(name: str) -> type[np.integer[Any]]:
-    if name.startswith("total_"):
-        return np.int64
-    return np.uint32 if name.endswith("_magic") else np.int32
-
-
-class Unsuitable(ValueError):
-    """The variant cannot run this geometry on this device."""
-
-
-_forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
-
-
-@contextlib.contextmanager
-def variant(name: str) -> Iterator[None]:
-    """Within the context, in this thread, every call takes the kernel variant `name`, or raises where it cannot run.
-
-    For tests and measurements: the plan's own choice is never slower on purpose.
-
-    >>> import cuconv.plan
-    >>> with cuconv.plan.variant("direct"):
-    ...     pass
-    """
-    if name not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, and is {name!r}")
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
-
-def forced_variant() -> str | None:
-    return _forced.get()
-
-
-VARIANTS = ("runs", "direct")
-
-
-@lru_cache(maxsize=4096)
-def depthwise_forward(
-    geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
-) -> Plan:
-    """The plan of a depthwise forward convolution; aligned says whether x and y start at multiples of VECTOR_BYTES.
-
-    Unsuitable, a ValueError, where the forced variant cannot run.
-    """
-    if forced == "direct":
-        return _forward_direct(geometry, dtype)
-    try:
-        return _runs(geometry, dtype, target, aligned)
-    except Unsuitable:
-        if forced is not None:
-            raise
-        return _forward_direct(geometry, dtype)
-
-
-@lru_cache(maxsize=4096)
-def depthwise_dgrad(
-    geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
-) -> Plan:
-    """The plan of the gradient of a depthwise convolution's input; aligned speaks of dy and dx."""
-    if forced == "direct":
-        return _dgrad_direct(geometry, dtype)
-    try:
-        return _runs(_dgrad_as_forward(geometry), dtype, target, aligned, turned=True)
-    except Unsuitable:
-        if forced is not None:
-            raise
-        return _dgrad_direct(geometry, dtype)
-
-
-def _dgrad_as_forward(g: Conv2dGeometry) -> Conv2dGeometry:
-    """At stride 1, the convolution of dy with the kernel turned around whose output is dx.
-
-    Its padding is what the kernel reaches beyond the forward padding, and negative where that is more than the reach:
-    rows of dy that no row of x had a part in are then passed over.
-    """
-    if g.stride != (1, 1) or g.multiplier > 1:
-        raise Unsuitable(f"variant runs: takes stride 1 and multiplier 1 here, and has {g.stride} and {g.multiplier}")
-    reach = [dilation * (kernel - 1) for dilation, kernel in zip(g.dilation, (g.R, g.S), strict=True)]
-    (top, bottom), (left, right) = g.padding
-    padding = ((reach[0] - top, reach[0] - bottom), (reach[1] - left, reach[1] - right))
-    return replace(g, H=g.P, W=g.Q, P=g.H, Q=g.W, padding=padding)
-
-
-# Direct: one output a thread.
-
-_DIRECT_THREADS = 256
-
-
-def _forward_direct(g: Conv2dGeometry, dtype: str) -> Plan:
-    return _direct("depthwise_forward_direct", g, dtype, ("K", g.K), g.y_size)
-
-
-def _dgrad_direct(g: Conv2dGeometry, dtype: str) -> Plan:
-    return _direct("depthwise_dgrad_direct", g, dtype, ("C", g.C), g.x_size)
-
-
-def _direct(source: str, g: Conv2dGeometry, dtype: str, channels: tuple[str, int], outputs: int) -> Plan:
-    grid = -(-outputs // _DIRECT_THREADS)
-    if grid > MAX_GRID[0]:
-        raise Unsuitable(f"variant direct: {outputs} outputs are more than one launch can count")
-    small = max(g.x_size, g.y_size) <= 2**31 - 1
-    return Plan(
-        source=source,
-        defines=(("T", DTYPES[dtype][0]), ("INDEX", "int" if small else "int64")),
-        grid=(grid, 1, 1),
-        block=_DIRECT_THREADS,
-        shared_bytes=0,
-        parameters=(
-            ("multiplier", g.multiplier),
-            channels,
-            ("R", g.R),
-            ("S", g.S),
-            *_plane_parameters(g),
-            ("total_outputs", outputs),
-        ),
-    )
-
-
-# Runs: see cuda/runs.cuh and cuda/depthwise_runs.cu.
+from ..geometry import Conv2dGeometry, Pair
+from .base import (
+    DTYPES,
+    MAX_DIVIDEND,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    magic,
+    plane_parameters,
+)
 
 # Weights live in registers, and kernels are unrolled over them: beyond this many, the direct kernel.
-_RUNS_MAX_TAPS = 64
+MAX_TAPS = 64
 # Rows of a thread's patch. More share more loads: 16 take 18 rows of input at 3x3; 7 and 14 fit the planes that
 # networks have most.
-_RUNS_ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
-_RUNS_COLUMNS = (4, 2, 1)
+_ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
+_COLUMNS = (4, 2, 1)
 # Rows of up to this many outputs may be one thread's.
-_RUNS_MAX_WIDTH = 16
+_MAX_WIDTH = 16
 # Sums, weights and one row of input that a thread may hold, in registers: beyond, the compiler spills.
-_RUNS_MAX_VALUES = 128
-_RUNS_THREADS = (128, 64, 256)
-_RUNS_IMAGES = (1, 2, 4)
+_MAX_VALUES = 128
+_THREADS = (128, 64, 256)
+_IMAGES = (1, 2, 4)
 # Patches of a block one below the other; as many as the plane has, too.
-_RUNS_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
-# Static shared memory and what the system keeps for itself, a block.
-_SHARED_RESERVE = 1024 + 128
-# A vector of this many bytes is the widest load, and where arrays must start for vectors to be used at all.
-VECTOR_BYTES = 16
+_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True, slots=True)
-class _RunsPatch:
+class Patch:
     """What one thread makes: rows x columns outputs, by loads and stores of so many elements.
 
     The rows of a patch are spacing[0] apart, and as a convolution of their own have stride[0]; columns likewise.
@@ -235,10 +58,10 @@ class _RunsPatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _RunsTile:
+class Tile:
     """What one block makes: of one image or of several in turn, a piece of one plane or several whole planes."""
 
-    patch: _RunsPatch
+    patch: Patch
     block_rows: int
     block_planes: int
     block_images: int
@@ -257,24 +80,43 @@ class _RunsTile:
         return self.stages * (self.input_bytes + self.output_bytes)
 
 
-def _runs(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
     if target.architecture < 90:
-        raise Unsuitable(f"variant runs: needs compute capability 9.0, and the device has {target.architecture / 10}")
-    if g.R * g.S > _RUNS_MAX_TAPS:
-        raise Unsuitable(f"variant runs: takes at most {_RUNS_MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
-    budget = target.shared_per_block - _SHARED_RESERVE
-    tiles = [tile for patch in _runs_patches(g, dtype, aligned) for tile in _runs_tiles(g, dtype, patch, budget)]
-    if not tiles:
-        raise Unsuitable(f"variant runs: {g.R} rows of {g.W} elements do not fit shared memory")
-    return _runs_plan(g, dtype, min(tiles, key=lambda tile: _runs_cost(g, dtype, target, tile)), turned)
+        raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    budget = target.shared_per_block - SHARED_RESERVE
+    choices = [tile for patch in patches(g, dtype, aligned) for tile in tiles(g, dtype, patch, budget)]
+    if not choices:
+        raise Unsuitable(f"{g.R} rows of {g.W} elements do not fit shared memory")
+    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile)), turned)
 
 
-def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile, turned: bool = False) -> Plan:
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    """The plan of dx as a convolution of dy."""
+    return forward(dgrad_as_forward(g), dtype, target, aligned, turned=True)
+
+
+def dgrad_as_forward(g: Conv2dGeometry) -> Conv2dGeometry:
+    """At stride 1, the convolution of dy with the kernel turned around whose output is dx.
+
+    Its padding is what the kernel reaches beyond the forward padding, and negative where that is more than the reach:
+    rows of dy that no row of x had a part in are then passed over.
+    """
+    if g.stride != (1, 1) or g.multiplier > 1:
+        raise Unsuitable(f"takes stride 1 and multiplier 1 here, and has {g.stride} and {g.multiplier}")
+    reach = [dilation * (kernel - 1) for dilation, kernel in zip(g.dilation, (g.R, g.S), strict=True)]
+    (top, bottom), (left, right) = g.padding
+    padding = ((reach[0] - top, reach[0] - bottom), (reach[1] - left, reach[1] - right))
+    return replace(g, H=g.P, W=g.Q, P=g.H, Q=g.W, padding=padding)
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
     patch = tile.patch
-    image_planes, images = _runs_images(g, tile.block_planes)
+    image_planes, images = _images(g, tile.block_planes)
     grid = (-(-g.P // tile.block_rows), -(-image_planes // tile.block_planes), -(-images // tile.block_images))
     if any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
-        raise Unsuitable(f"variant runs: {grid} blocks are more than one launch can count")
+        raise Unsuitable(f"{grid} blocks are more than one launch can count")
     return Plan(
         source="depthwise_runs",
         defines=(
@@ -302,17 +144,17 @@ def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile, turned: bool = Fa
         parameters=(
             ("multiplier", g.multiplier),
             ("K", g.K),
-            *_plane_parameters(g),
+            *plane_parameters(g),
             ("spacing_h", patch.spacing[0]),
             ("spacing_w", patch.spacing[1]),
             ("row_items", tile.row_items),
             ("column_items", tile.column_items),
-            ("items_magic", _magic(tile.row_items * tile.column_items)),
-            ("column_items_magic", _magic(tile.column_items)),
-            ("spacing_h_magic", _magic(patch.spacing[0])),
-            ("spacing_w_magic", _magic(patch.spacing[1])),
+            ("items_magic", magic(tile.row_items * tile.column_items)),
+            ("column_items_magic", magic(tile.column_items)),
+            ("spacing_h_magic", magic(patch.spacing[0])),
+            ("spacing_w_magic", magic(patch.spacing[1])),
             # Without a magic number for it, every output plane of an image is a channel.
-            ("K_magic", _magic(g.K) if image_planes > g.K else 0),
+            ("K_magic", magic(g.K) if image_planes > g.K else 0),
             ("image_planes", image_planes),
             ("last_image_planes", g.N * g.K - (images - 1) * image_planes),
             ("images", images),
@@ -325,23 +167,14 @@ def _runs_plan(g: Conv2dGeometry, dtype: str, tile: _RunsTile, turned: bool = Fa
     )
 
 
-# What the kernel divides, and by what: see divide in cuda/depthwise_runs.cu.
-_MAX_ITEMS = 2**15 - 1
-
-
-def _magic(divisor: int) -> int:
-    """By which the kernel multiplies to divide."""
-    return -(-(2**31) // divisor)
-
-
-def _runs_images(g: Conv2dGeometry, block_planes: int) -> tuple[int, int]:
+def _images(g: Conv2dGeometry, block_planes: int) -> tuple[int, int]:
     """Planes of an image, and images, as the kernel counts them: images so small that a block takes several are seen
     as fewer images with more planes."""
     fold = max(1, block_planes // g.K)
     return fold * g.K, -(-g.N // fold)
 
 
-def _runs_patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[_RunsPatch]:
+def patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
     """The patches that a thread's registers hold."""
     size = DTYPES[dtype][1]
     dilated = g.dilation != (1, 1)
@@ -352,10 +185,10 @@ def _runs_patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[_Run
     # The widest vectors that rows of x and of y are made of.
     widest = VECTOR_BYTES // size if aligned and not dilated else 1
     of_x, of_y = (math.gcd(extent, widest) for extent in (g.W, g.Q))
-    columns_choices = [c for c in _RUNS_COLUMNS if c == 1 or (stride[1] <= 2 and (c - 1) * spacing[1] < g.Q)]
-    if not dilated and g.Q <= _RUNS_MAX_WIDTH and g.W <= 2 * _RUNS_MAX_WIDTH and stride[1] <= 2:
+    columns_choices = [c for c in _COLUMNS if c == 1 or (stride[1] <= 2 and (c - 1) * spacing[1] < g.Q)]
+    if not dilated and g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
-    rows_choices = [r for r in _RUNS_ROWS if r == 1 or stride[0] <= 2]
+    rows_choices = [r for r in _ROWS if r == 1 or stride[0] <= 2]
     # Of the patches taller than the plane, the lowest.
     tall = [r for r in rows_choices if r * spacing[0] >= g.P]
     rows_choices = [r for r in rows_choices if r not in tall[:-1]]
@@ -369,7 +202,7 @@ def _runs_patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[_Run
         loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
         words = max(1, size // 4)
         values = (rows * columns + g.R * g.S + span) * words
-        if values > _RUNS_MAX_VALUES:
+        if values > _MAX_VALUES:
             continue
         # Of one row: loads, what they are where they fall outside, conversions, the bounds.
         row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
@@ -382,9 +215,9 @@ def _runs_patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[_Run
             apart, apart_out = 1, 1
         else:
             apart, apart_out = columns * patch_stride[1], columns
-        load_passes = loads * span_rows * _bank_passes(apart * size, vector * size)
-        store_passes = rows * columns / out_vector * _bank_passes(apart_out * size, out_vector * size)
-        yield _RunsPatch(
+        load_passes = loads * span_rows * bank_passes(apart * size, vector * size)
+        store_passes = rows * columns / out_vector * bank_passes(apart_out * size, out_vector * size)
+        yield Patch(
             rows=rows,
             columns=columns,
             stride=patch_stride,
@@ -398,12 +231,12 @@ def _runs_patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[_Run
         )
 
 
-def _bank_passes(apart: int, width: int) -> float:
+def bank_passes(apart: int, width: int) -> float:
     """How often a warp's access passes over the 32 banks of 4 bytes, its lanes `apart` bytes apart, `width` each."""
     return max(1, width / 4, math.gcd(apart // 4, 32) if apart % 4 == 0 else 1)
 
 
-def _runs_tiles(g: Conv2dGeometry, dtype: str, patch: _RunsPatch, budget: int) -> Iterator[_RunsTile]:
+def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[Tile]:
     """The tiles of a patch that fit `budget` bytes of shared memory."""
     size = DTYPES[dtype][1]
     reach = (g.R - 1) * g.dilation[0] + 1
@@ -416,7 +249,7 @@ def _runs_tiles(g: Conv2dGeometry, dtype: str, patch: _RunsPatch, budget: int) -
     if not g.padded:
         overhang += max(0, (column_groups * group_columns - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1 - g.W)
     all_groups = -(-g.P // group_rows)
-    for groups in (*(n for n in _RUNS_GROUPS if n < all_groups), all_groups):
+    for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
         block_rows = min(g.P, groups * group_rows)
         row_items = groups * patch.spacing[0]
         whole = block_rows == g.P
@@ -426,10 +259,10 @@ def _runs_tiles(g: Conv2dGeometry, dtype: str, patch: _RunsPatch, budget: int) -
             break  # offsets of rows, those in the padding too, are 32-bit integers
         if g.padded:
             input_rows = min(input_rows, g.H)
-        if (input_rows * g.W + block_rows * g.Q) * size > budget or row_items * column_items > _MAX_ITEMS:
+        if (input_rows * g.W + block_rows * g.Q) * size > budget or row_items * column_items > MAX_DIVIDEND:
             break
-        images = [i for i in _RUNS_IMAGES if i <= g.N]
-        for threads in _RUNS_THREADS:
+        images = [i for i in _IMAGES if i <= g.N]
+        for threads in _THREADS:
             # Whole planes: as many as there are threads for, or a part of them.
             most = max(1, min(threads // (row_items * column_items), g.N * g.K)) if whole else 1
             for planes, block_images in product({-(-most // part) for part in (1, 2, 4)}, images):
@@ -438,7 +271,7 @@ def _runs_tiles(g: Conv2dGeometry, dtype: str, patch: _RunsPatch, budget: int) -
                 input_planes = min(block_planes, (block_planes - 2) // g.multiplier + 2) if block_planes > 1 else 1
                 input_elements = (input_planes - 1) * g.H * g.W + input_rows * g.W + overhang
                 output_elements = (block_planes - 1) * g.P * g.Q + block_rows * g.Q
-                tile = _RunsTile(
+                tile = Tile(
                     patch=patch,
                     block_rows=block_rows,
                     block_planes=block_planes,
@@ -446,19 +279,19 @@ def _runs_tiles(g: Conv2dGeometry, dtype: str, patch: _RunsPatch, budget: int) -
                     row_items=row_items,
                     column_items=column_items,
                     threads=threads,
-                    input_bytes=_run_bytes(input_elements * size),
-                    output_bytes=_run_bytes(output_elements * size),
+                    input_bytes=run_bytes(input_elements * size),
+                    output_bytes=run_bytes(output_elements * size),
                 )
                 if tile.shared_bytes <= budget:
                     yield tile
 
 
-def _run_bytes(size: int) -> int:
+def run_bytes(size: int) -> int:
     """Shared bytes for a run of `size` bytes that starts anywhere within 16; the next one starts at a cache line."""
     return -(-(size + 16) // 128) * 128
 
 
-def _runs_cost(g: Conv2dGeometry, dtype: str, target: Target, tile: _RunsTile) -> float:
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
     """What ranks tiles: a count of issue slots an output, and what else takes time in the same unit.
 
     The weights were fitted to the times of 3,800 tiles (15 cases in float32, float16 and bfloat16 on an H200): of those
@@ -480,7 +313,7 @@ def _runs_cost(g: Conv2dGeometry, dtype: str, target: Target, tile: _RunsTile) -
     resident = max(
         1,
         min(
-            target.shared_per_multiprocessor // (tile.shared_bytes + _SHARED_RESERVE),
+            target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE),
             2048 // tile.threads,
             65536 // (patch.registers * tile.threads),
         ),
@@ -490,22 +323,7 @@ def _runs_cost(g: Conv2dGeometry, dtype: str, target: Target, tile: _RunsTile) -
     # Loads and stores on the way take about 620 clocks whatever they move, less where the next ones are under way.
     latency = (27_700 if tile.stages == 1 else 19_400) / (resident * outputs * tile.block_images)
     # The last of the waves of blocks is never full.
-    image_planes, images = _runs_images(g, tile.block_planes)
+    image_planes, images = _images(g, tile.block_planes)
     blocks = -(-images // tile.block_images) * -(-image_planes // tile.block_planes) * row_groups
     waves = blocks / (target.multiprocessors * resident)
     return (issue / busy + 2.5 * run_bytes + latency) * (1 + 0.27 / waves)
-
-
-def _plane_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:
-    return (
-        ("H", g.H),
-        ("W", g.W),
-        ("P", g.P),
-        ("Q", g.Q),
-        ("top", g.padding[0][0]),
-        ("left", g.padding[1][0]),
-        ("stride_h", g.stride[0]),
-        ("stride_w", g.stride[1]),
-        ("dilation_h", g.dilation[0]),
-        ("dilation_w", g.dilation[1]),
-    )

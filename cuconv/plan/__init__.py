@@ -1,0 +1,110 @@
+"""From geometry, dtype and device to a frozen Plan: which kernel, its compile-time values, its grid and its block.
+
+Planning is pure arithmetic on integers: it needs no GPU, searches nothing by trial and is cached. Every family of
+kernels has a file here; this one chooses among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from ..geometry import Conv2dGeometry
+from . import direct, runs, wgrad
+from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
+from .wgrad import WgradPlan
+
+__all__ = [
+    "DTYPES",
+    "MAX_GRID",
+    "TARGETS",
+    "VARIANTS",
+    "VECTOR_BYTES",
+    "Plan",
+    "Target",
+    "Unsuitable",
+    "WgradPlan",
+    "depthwise_dgrad",
+    "depthwise_forward",
+    "depthwise_wgrad",
+    "forced_variant",
+    "variant",
+]
+
+# Of every pass its variants, the preferred one first: the first that suits is taken.
+_FORWARD = {"runs": runs.forward, "direct": direct.forward}
+_DGRAD = {"runs": runs.dgrad, "direct": direct.dgrad}
+_WGRAD = {"runs": wgrad.runs, "direct": wgrad.direct}
+
+VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
+
+_forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
+
+
+@contextlib.contextmanager
+def variant(name: str) -> Iterator[None]:
+    """Within the context, in this thread, every call takes the kernel variant `name`, or raises where it cannot run.
+
+    For tests and measurements: the plan's own choice is never slower on purpose.
+
+    >>> import cuconv.plan
+    >>> with cuconv.plan.variant("direct"):
+    ...     pass
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, and is {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_variant() -> str | None:
+    return _forced.get()
+
+
+@lru_cache(maxsize=4096)
+def depthwise_forward(
+    geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
+) -> Plan:
+    """The plan of a depthwise forward convolution; aligned says whether x and y start at multiples of VECTOR_BYTES.
+
+    Unsuitable, a ValueError, where the forced variant cannot run.
+    """
+    return _first_suitable(_FORWARD, forced, geometry, dtype, target, aligned)
+
+
+@lru_cache(maxsize=4096)
+def depthwise_dgrad(
+    geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
+) -> Plan:
+    """The plan of the gradient of a depthwise convolution's input; aligned speaks of dy and dx."""
+    return _first_suitable(_DGRAD, forced, geometry, dtype, target, aligned)
+
+
+@lru_cache(maxsize=4096)
+def depthwise_wgrad(
+    geometry: Conv2dGeometry, dtype: str, bias: bool, target: Target, forced: str | None = None, aligned: bool = True
+) -> WgradPlan:
+    """The plans of the gradients of a depthwise convolution's weights and, where bias is true, of its bias; aligned
+    speaks of dy and x."""
+    return _first_suitable(_WGRAD, forced, geometry, dtype, bias, target, aligned)
+
+
+_Chosen = TypeVar("_Chosen", Plan, WgradPlan)
+
+
+def _first_suitable(planners: Mapping[str, Callable[..., _Chosen]], forced: str | None, *arguments: Any) -> _Chosen:
+    if forced is not None and forced not in planners:
+        raise Unsuitable(f"variant {forced}: this pass has {', '.join(planners)}")
+    reasons = []
+    for name in planners if forced is None else (forced,):
+        try:
+            return planners[name](*arguments)
+        except Unsuitable as reason:
+            reasons.append(f"variant {name}: {reason}")
+    raise Unsuitable("; ".join(reasons))

@@ -1,0 +1,99 @@
+"""What every plan is made of: the device as planning sees it, and the frozen Plan of one launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..geometry import Conv2dGeometry
+
+# The C++ name (cuda/numbers.cuh) and the bytes of every dtype.
+DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("f32", 4), "float64": ("f64", 8)}
+
+MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+# A vector of this many bytes is the widest load, and where arrays must start for vectors to be used at all.
+VECTOR_BYTES = 16
+# Static shared memory and what the system keeps for itself, a block.
+SHARED_RESERVE = 1024 + 128
+# What a kernel divides, and by what, is at most this: see divide in cuda/depthwise_runs.cu.
+MAX_DIVIDEND = 2**15 - 1
+
+
+def magic(divisor: int) -> int:
+    """By which a kernel multiplies to divide."""
+    return -(-(2**31) // divisor)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What planning needs to know of a device; shared memory in bytes."""
+
+    architecture: int
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+
+
+# A usual device of each architecture, by which kernels are planned and compiled where there is none: shared memory as
+# in the table of compute capabilities of the CUDA programming guide.
+TARGETS = {
+    target.architecture: target
+    for target in (
+        Target(75, 40, 64 * 1024, 64 * 1024),
+        Target(80, 108, 163 * 1024, 164 * 1024),
+        Target(86, 84, 99 * 1024, 100 * 1024),
+        Target(89, 128, 99 * 1024, 100 * 1024),
+        Target(90, 132, 227 * 1024, 228 * 1024),
+        Target(100, 148, 227 * 1024, 228 * 1024),
+        Target(120, 170, 99 * 1024, 100 * 1024),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One launch of cuda/<source>.cu, whose entry has the same name."""
+
+    source: str
+    defines: tuple[tuple[str, int | str], ...]
+    grid: tuple[int, int, int]
+    block: int
+    shared_bytes: int
+    parameters: tuple[tuple[str, int], ...]
+
+    def parameter_struct(self) -> np.void:
+        """The kernel's by-value Parameters: 32-bit integers in order; those named total_* have 64 bits, and those
+        named *_magic no sign."""
+        fields = [(name, _field_type(name)) for name, _ in self.parameters]
+        struct: np.void = np.zeros(1, np.dtype(fields, align=True))[0]
+        for name, value in self.parameters:
+            struct[name] = value
+        return struct
+
+
+def _field_type(name: str) -> type[np.integer[Any]]:
+    if name.startswith("total_"):
+        return np.int64
+    return np.uint32 if name.endswith("_magic") else np.int32
+
+
+class Unsuitable(ValueError):
+    """The variant cannot run this geometry on this device."""
+
+
+def plane_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:
+    """The Parameters that all kernels of a convolution begin to work from."""
+    return (
+        ("H", g.H),
+        ("W", g.W),
+        ("P", g.P),
+        ("Q", g.Q),
+        ("top", g.padding[0][0]),
+        ("left", g.padding[1][0]),
+        ("stride_h", g.stride[0]),
+        ("stride_w", g.stride[1]),
+        ("dilation_h", g.dilation[0]),
+        ("dilation_w", g.dilation[1]),
+    )

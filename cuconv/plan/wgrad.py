@@ -1,0 +1,364 @@
+"""Gradients of the weights and the bias: partial sums of slabs of the batch, and their sum in a second launch.
+
+See cuda/depthwise_wgrad_*.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from ..geometry import Conv2dGeometry, Pair
+from .base import (
+    DTYPES,
+    MAX_DIVIDEND,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    magic,
+    plane_parameters,
+)
+from .runs import MAX_TAPS, bank_passes, run_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WgradPlan:
+    """Two launches: partials takes (dy, x, workspace), reduce takes (workspace, dw, dbias)."""
+
+    partials: Plan
+    reduce: Plan
+    workspace_bytes: int
+
+    @property
+    def source(self) -> str:
+        return self.partials.source
+
+
+def direct(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
+    """A block for every element of dw and dbias."""
+    blocks = g.K * (g.R * g.S + bias)
+    if blocks > MAX_GRID[0]:
+        raise Unsuitable(f"{blocks} gradients are more than one launch can count")
+    small = max(g.x_size, g.y_size) <= 2**31 - 1
+    partials = Plan(
+        source="depthwise_wgrad_direct",
+        defines=(("T", DTYPES[dtype][0]), ("BIAS", int(bias)), ("INDEX", "int" if small else "int64")),
+        grid=(blocks, 1, 1),
+        block=128,
+        shared_bytes=0,
+        parameters=(
+            ("multiplier", g.multiplier),
+            ("K", g.K),
+            ("R", g.R),
+            ("S", g.S),
+            *plane_parameters(g),
+            ("total_terms", g.N * g.P * g.Q),
+        ),
+    )
+    return _with_reduce(partials, 1, g, dtype, bias)
+
+
+# As many results as a block of depthwise_wgrad_reduce has, and its threads.
+_REDUCE_RESULTS, _REDUCE_THREADS = 32, 256
+
+
+def _with_reduce(partials: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
+    taps = g.R * g.S
+    total = g.K * (taps + bias)
+    reduce = Plan(
+        source="depthwise_wgrad_reduce",
+        defines=(("T", DTYPES[dtype][0]),),
+        grid=(-(-total // _REDUCE_RESULTS), 1, 1),
+        block=_REDUCE_THREADS,
+        shared_bytes=0,
+        parameters=(("taps", taps), ("entries", taps + bias), ("slabs", slabs), ("total_entries", total)),
+    )
+    return WgradPlan(partials, reduce, slabs * total * _sum_bytes(dtype))
+
+
+def _sum_bytes(dtype: str) -> int:
+    return 8 if dtype == "float64" else 4
+
+
+# Rows and columns of a thread's patch. Patches that end where dy does are the fast ones: hence so many numbers.
+_ROWS = (16, 15, 14, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)
+_COLUMNS = (8, 7, 6, 5, 4, 3, 2, 1)
+# Rows of up to this many elements of dy may be one thread's.
+_MAX_WIDTH = 16
+# Sums, a row of x and the rows of dy that meet it, in registers: beyond, the compiler spills.
+_MAX_VALUES = 136
+_THREADS = (128, 64, 256)
+_STAGES = (2, 3, 4)
+# Patches of a unit one below the other; as many as the plane has, too.
+_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What one thread takes of dy at once: see runs.Patch."""
+
+    rows: int
+    columns: int
+    stride: Pair
+    spacing: Pair
+    vector: int
+    out_vector: int
+    whole_rows: bool
+    # By a rough count, an element of dy: issue slots, and passes over the banks of shared memory.
+    slots: float
+    passes: float
+    registers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one block takes: units of some rows of one plane or of several whole planes, a number of them in turn."""
+
+    patch: Patch
+    block_rows: int
+    block_planes: int
+    row_items: int
+    column_items: int
+    threads: int
+    stages: int
+    slabs: int
+    x_bytes: int  # of one unit
+    dy_bytes: int
+
+
+def runs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
+    """Every element of x and dy is read once."""
+    if target.architecture < 90:
+        raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    choices = list(tiles(g, dtype, bias, target, aligned))
+    if not choices:
+        raise Unsuitable(f"{g.R} rows of {g.W} elements do not fit shared memory")
+    return tile_plan(g, dtype, bias, target, min(choices, key=lambda tile: _cost(g, dtype, bias, target, tile)))
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
+    """The plan of one choice of tiles()."""
+    patch = tile.patch
+    row_units = -(-g.P // tile.block_rows)
+    units = g.N * row_units
+    block_units = -(-units // tile.slabs)
+    slabs = -(-units // block_units)
+    grid = (slabs, -(-g.K // tile.block_planes), 1)
+    if units > 2**31 - 1 or any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
+        raise Unsuitable(f"{grid} blocks are more than one launch can count")
+    exact = g.P % (patch.rows * patch.spacing[0]) == 0 and g.Q % (patch.columns * patch.spacing[1]) == 0
+    partials = Plan(
+        source="depthwise_wgrad_runs",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("BIAS", int(bias)),
+            ("PADDED", int(g.padded)),
+            ("MULTIPLIED", int(g.multiplier > 1)),
+            ("EXACT", int(exact)),
+            ("THREADS", tile.threads),
+            ("STAGES", tile.stages),
+            ("ROWS", patch.rows),
+            ("COLUMNS", patch.columns),
+            ("STRIDE_H", patch.stride[0]),
+            ("STRIDE_W", patch.stride[1]),
+            ("DILATED", int(g.dilation != (1, 1))),
+            ("VECTOR", patch.vector),
+            ("OUT_VECTOR", patch.out_vector),
+            ("LEFT", g.padding[1][0] if patch.whole_rows else g.padding[1][0] % patch.vector),
+            ("WIDTH", g.W if patch.whole_rows else 0),
+        ),
+        grid=grid,
+        block=tile.threads,
+        shared_bytes=_shared_bytes(g, dtype, bias, tile),
+        parameters=(
+            ("multiplier", g.multiplier),
+            ("K", g.K),
+            *plane_parameters(g),
+            ("spacing_h", patch.spacing[0]),
+            ("spacing_w", patch.spacing[1]),
+            ("row_items", tile.row_items),
+            ("column_items", tile.column_items),
+            ("items_magic", magic(tile.row_items * tile.column_items)),
+            ("column_items_magic", magic(tile.column_items)),
+            ("spacing_h_magic", magic(patch.spacing[0])),
+            ("spacing_w_magic", magic(patch.spacing[1])),
+            ("block_planes", tile.block_planes),
+            ("block_rows", tile.block_rows),
+            ("row_units", row_units),
+            ("units", units),
+            ("block_units", block_units),
+            ("x_bytes", tile.x_bytes),
+            ("dy_bytes", tile.dy_bytes),
+        ),
+    )
+    return _with_reduce(partials, slabs, g, dtype, bias)
+
+
+def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
+    """For the units under way; in the end for the sums of every thread."""
+    sums = (g.R * g.S + bias) * tile.threads * _sum_bytes(dtype)
+    return max(tile.stages * (tile.x_bytes + tile.dy_bytes), sums)
+
+
+def _patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
+    """The patches that a thread's registers hold."""
+    size = DTYPES[dtype][1]
+    dilated = g.dilation != (1, 1)
+    # Rows this far apart read rows that are whole dilations apart, so that they can share them.
+    common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
+    spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
+    stride = (g.stride[0] // common[0], g.stride[1] // common[1])
+    widest = VECTOR_BYTES // size if aligned and not dilated else 1
+    of_x, of_dy = (math.gcd(extent, widest) for extent in (g.W, g.Q))
+    columns_choices = [c for c in _COLUMNS if c == 1 or (stride[1] <= 2 and (c - 1) * spacing[1] < g.Q)]
+    # One that ends where dy does, and a power of two: the others would only take longer to choose among.
+    fitting = [c for c in columns_choices if g.Q % (c * spacing[1]) == 0][:2]
+    columns_choices = [c for c in columns_choices if c in fitting or c in (4, 2, 1)]
+    if not dilated and g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
+        columns_choices.append(g.Q)
+    rows_choices = [r for r in _ROWS if r == 1 or stride[0] <= 2]
+    tall = [r for r in rows_choices if r * spacing[0] >= g.P]
+    rows_choices = [r for r in rows_choices if r not in tall[:-1]]
+    fitting = [r for r in rows_choices if g.P % (r * spacing[0]) == 0][:3]
+    rows_choices = [r for r in rows_choices if r in fitting or r in (*tall, 8, 4, 2, 1)]
+    for columns, rows in product(dict.fromkeys(columns_choices), rows_choices):
+        patch_stride = (stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1)
+        whole_rows = not dilated and columns == g.Q
+        vector = of_x if whole_rows else math.gcd(of_x, columns * patch_stride[1])
+        out_vector = math.gcd(of_dy, columns)
+        span_rows = (rows - 1) * patch_stride[0] + g.R
+        span = (columns - 1) * patch_stride[1] + g.S
+        loads = g.W / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
+        words = max(1, size // 4)
+        # Rows of dy that one row of x meets.
+        meeting = min(rows, -(-g.R // patch_stride[0]))
+        values = (g.R * g.S + span + meeting * columns) * words
+        if values > _MAX_VALUES:
+            continue
+        narrow = size == 2
+        x_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if narrow else 0)
+        dy_slots = columns / out_vector + (1.5 * columns if narrow else 0) + 2
+        slots = (x_slots * span_rows + dy_slots * rows + 30) / (rows * columns) + g.R * g.S * words
+        if whole_rows:
+            apart, apart_dy = rows * g.stride[0] * g.W, rows * g.Q
+        elif dilated:
+            apart, apart_dy = 1, 1
+        else:
+            apart, apart_dy = columns * patch_stride[1], columns
+        x_passes = loads * span_rows * bank_passes(apart * size, vector * size)
+        dy_passes = rows * columns / out_vector * bank_passes(apart_dy * size, out_vector * size)
+        yield Patch(
+            rows=rows,
+            columns=columns,
+            stride=patch_stride,
+            spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
+            vector=vector,
+            out_vector=out_vector,
+            whole_rows=whole_rows,
+            slots=slots,
+            passes=(x_passes + dy_passes) / (rows * columns),
+            registers=min(255, int(1.5 * values) + 44),
+        )
+
+
+def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[Tile]:
+    """The tiles that fit the device's shared memory."""
+    size = DTYPES[dtype][1]
+    budget = target.shared_per_block - SHARED_RESERVE
+    reach = (g.R - 1) * g.dilation[0] + 1
+    for patch in _patches(g, dtype, aligned):
+        group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
+        column_items = -(-g.Q // group_columns) * patch.spacing[1]
+        all_groups = -(-g.P // group_rows)
+        for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
+            block_rows = min(g.P, groups * group_rows)
+            row_items = groups * patch.spacing[0]
+            items = row_items * column_items
+            input_rows = (block_rows - 1) * g.stride[0] + reach
+            if (input_rows + max(0, *g.padding[0])) * g.W > 2**31 - 1:
+                break  # offsets of rows, those in the padding too, are 32-bit integers
+            input_rows = min(input_rows, g.H)
+            if (input_rows * g.W + block_rows * g.Q) * size > budget or items > MAX_DIVIDEND:
+                break
+            for threads in _THREADS:
+                most = max(1, min(threads // items, g.K)) if block_rows == g.P else 1
+                for planes, stages in product(sorted({-(-most // part) for part in (1, 2, 4)}), _STAGES):
+                    x_planes = min(planes, (planes - 2) // g.multiplier + 2) if planes > 1 else 1
+                    tile = Tile(
+                        patch=patch,
+                        block_rows=block_rows,
+                        block_planes=planes,
+                        row_items=row_items,
+                        column_items=column_items,
+                        threads=threads,
+                        stages=stages,
+                        slabs=1,
+                        # A vector more, since a row's first and last may be loaded in part.
+                        x_bytes=run_bytes(((x_planes - 1) * g.H * g.W + input_rows * g.W + 2 * patch.vector) * size),
+                        dy_bytes=run_bytes(((planes - 1) * g.P * g.Q + block_rows * g.Q) * size),
+                    )
+                    if _shared_bytes(g, dtype, bias, tile) <= budget:
+                        yield from _slabs(g, dtype, bias, target, tile)
+
+
+def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> int:
+    """Blocks that a multiprocessor holds at once."""
+    return max(
+        1,
+        min(
+            target.shared_per_multiprocessor // (_shared_bytes(g, dtype, bias, tile) + SHARED_RESERVE),
+            2048 // tile.threads,
+            65536 // (tile.patch.registers * tile.threads),
+        ),
+    )
+
+
+def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Iterator[Tile]:
+    """The tile with as many slabs as fill the device once, and half as many."""
+    units = g.N * -(-g.P // tile.block_rows)
+    groups = -(-g.K // tile.block_planes)
+    blocks = target.multiprocessors * _resident(g, dtype, bias, target, tile)
+    for part in (1, 2):
+        slabs = max(1, min(units, blocks // part // groups))
+        yield Tile(**{name: getattr(tile, name) for name in Tile.__slots__} | {"slabs": slabs})
+
+
+def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:
+    """What ranks tiles: issue slots an element of dy, and what else takes time in the same unit, as in runs.py."""
+    size, patch = DTYPES[dtype][1], tile.patch
+    elements = tile.block_planes * tile.block_rows * g.Q
+    items = tile.block_planes * tile.row_items * tile.column_items
+    row_units = -(-g.P // tile.block_rows)
+    units = g.N * row_units
+    block_units = -(-units // tile.slabs)
+    idle = -(-items // tile.threads) * tile.threads * patch.rows * patch.columns / elements
+    idle *= row_units * tile.block_rows / g.P
+    entries = g.R * g.S + bias
+    # A unit's work whatever it holds; and the sums in the end.
+    per_block = entries * (tile.threads * 4 + tile.block_planes * 8) + 400 * tile.threads / 32
+    fixed = 40 * tile.threads / elements + per_block / (elements * block_units)
+    # Patches that reach beyond dy are taken one by one.
+    beyond_rows = g.P % (patch.rows * patch.spacing[0]) / g.P
+    beyond_columns = g.Q % (patch.columns * patch.spacing[1]) / g.Q
+    parts = 3 * g.R * g.S * min(1.0, beyond_rows + 3 * beyond_columns)
+    needed = (tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
+    halo = 1.0 if row_units == 1 else needed / (tile.block_rows * g.stride[0])
+    run_share = (halo * g.x_size / g.y_size + 1) * size
+    traffic = run_share + 2 * entries * _sum_bytes(dtype) * tile.block_planes / (elements * block_units)
+    resident = _resident(g, dtype, bias, target, tile)
+    blocks = -(-units // block_units) * -(-g.K // tile.block_planes)
+    filled = blocks / target.multiprocessors
+    busy = 1 - math.exp(-0.16 * min(resident, filled) * tile.threads / 128)
+    issue = patch.slots * idle + fixed + parts + 0.11 * (patch.passes * idle + run_share / 4)
+    latency = 19_400 / (min(resident, filled) * elements * (tile.stages - 1))
+    waves = -(-filled // resident) * resident / filled
+    return (issue / busy + 2.5 * traffic + latency) * waves

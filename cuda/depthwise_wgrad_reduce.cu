@@ -1,0 +1,42 @@
+// Depthwise convolution, gradients of the weights and the bias: adds the partial sums of all slabs, always in one order,
+// and rounds. A warp takes a part of the slabs for 32 results, a block all of them.
+//
+// Compile-time values: T.
+#include "numbers.cuh"
+
+using T = CUCONV_T;
+using Sum = Accumulator<T>;
+
+constexpr int kWarp = 32;
+constexpr int kParts = 8;
+
+struct Parameters {
+  int taps;     // of a channel
+  int entries;  // of a channel: its taps, and one more where there is a dbias
+  int slabs;
+  int64 total_entries;
+};
+
+// partials (slabs, K, entries), dw (K, taps), dbias (K) where entries are more than taps.
+extern "C" __global__ void __launch_bounds__(kWarp* kParts)
+    depthwise_wgrad_reduce(const Sum* partials, T* dw, T* dbias, const __grid_constant__ Parameters g) {
+  __shared__ Sum sums[kParts][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int part = static_cast<int>(threadIdx.x) / kWarp;
+  const int64 entry = static_cast<int64>(blockIdx.x) * kWarp + lane;
+  const int part_slabs = (g.slabs + kParts - 1) / kParts;
+  const int end = min(g.slabs, (part + 1) * part_slabs);
+  Sum sum = 0;
+  if (entry < g.total_entries) {
+#pragma unroll 8
+    for (int slab = part * part_slabs; slab < end; ++slab) sum += partials[slab * g.total_entries + entry];
+  }
+  sums[part][lane] = sum;
+  __syncthreads();
+  if (part > 0 || entry >= g.total_entries) return;
+#pragma unroll
+  for (int other = 1; other < kParts; ++other) sum += sums[other][lane];
+  const int64 k = entry / g.entries;
+  const int tap = static_cast<int>(entry - k * g.entries);
+  (tap < g.taps ? dw[k * g.taps + tap] : dbias[k]) = narrow<T>(sum);
+}
