@@ -7,7 +7,7 @@
 // a fixed order, thread by thread; depthwise_wgrad_reduce does so with the partial sums of all slabs.
 //
 // Compile-time values: as in depthwise_runs.cu, of which VECTOR is x's and OUT_VECTOR dy's; BIAS (whether dbias is summed
-// too); EXACT (no patch reaches beyond dy).
+// too); EXACT (no patch reaches beyond dy); BLOCKS (that a multiprocessor is to hold, which bounds the registers).
 #include "patches.cuh"
 #include "runs.cuh"
 
@@ -21,6 +21,7 @@ constexpr bool kPadded = CUCONV_PADDED;
 constexpr bool kMultiplied = CUCONV_MULTIPLIED;
 constexpr bool kExact = CUCONV_EXACT;
 constexpr int kThreads = CUCONV_THREADS;
+constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kRows = CUCONV_ROWS;
 constexpr int kColumns = CUCONV_COLUMNS;
@@ -141,7 +142,7 @@ __device__ __forceinline__ void add_part(const Parameters& g, const T* dy, const
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_runs(const T* dy, const T* x, Sum* partials, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   __shared__ uint64 full[kStages];
@@ -213,6 +214,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
           p *= kRows;
           q *= kColumns;
         }
+        if (p >= unit.rows) continue;  // the last unit of a plane may have fewer rows
         const int spacing_h = kDilated ? g.spacing_h : 1;
         const int spacing_w = kDilated ? g.spacing_w : 1;
         const int row = unit.top_row + p * g.stride_h;

@@ -164,7 +164,7 @@ def test_every_kind_of_tile_of_wgrad(device, rng, dtype):
             patch = tile.patch
             exact = g.P % (patch.rows * patch.spacing[0]) == 0 == g.Q % (patch.columns * patch.spacing[1])
             kind = (exact, patch.whole_rows, patch.vector, tile.block_planes > 1, tile.block_rows < g.P, tile.stages)
-            kinds.setdefault((*kind, tile.slabs > g.N, patch.rows > 1), tile)
+            kinds.setdefault((*kind, tile.slabs > g.N, patch.rows > 1, g.P % tile.block_rows == 0), tile)
         assert len(kinds) > 20
         for tile in kinds.values():
             chosen = wgrad.tile_plan(g, dtype, True, device.target, tile)

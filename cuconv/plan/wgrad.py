@@ -165,6 +165,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("MULTIPLIED", int(g.multiplier > 1)),
             ("EXACT", int(exact)),
             ("THREADS", tile.threads),
+            ("BLOCKS", _resident(g, dtype, bias, target, tile)),
             ("STAGES", tile.stages),
             ("ROWS", patch.rows),
             ("COLUMNS", patch.columns),
