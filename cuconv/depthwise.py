@@ -274,10 +274,13 @@ def depthwise_conv2d_wgrad(
             chosen = plan.depthwise_wgrad(geometry, dtype, bool(bias), target, forced, aligned)
             partials = interop.workspace(workspace, module, chosen.workspace_bytes)
             # 4. Kernels.
-            sum_slabs, add_slabs = kernels.load(chosen.partials, device.id), kernels.load(chosen.reduce, device.id)
+            sums = kernels.load(chosen.sums, device.id)
+            reduce = None if chosen.reduce is None else kernels.load(chosen.reduce, device.id)
             # 5. Launch.
-            sum_slabs(dy.data.ptr, x.data.ptr, partials.data.ptr)
-            add_slabs(partials.data.ptr, dw.data.ptr, 0 if dbias is None else dbias.data.ptr)
+            results = dw.data.ptr, 0 if dbias is None else dbias.data.ptr
+            sums(dy.data.ptr, x.data.ptr, partials.data.ptr, *results)
+            if reduce is not None:
+                reduce(partials.data.ptr, *results)
         else:
             for gradient in (dw, dbias):
                 if gradient is not None:

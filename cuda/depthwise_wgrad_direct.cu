@@ -1,5 +1,7 @@
 // Depthwise convolution, gradients of the weights and the bias, NCHW, a block for each: every geometry, on every
-// architecture from sm_75 up. Partial sums of one slab, which depthwise_wgrad_reduce rounds.
+// architecture from sm_75 up.
+//
+// It takes the addresses that depthwise_wgrad_runs takes, the workspace among them, which it does not need.
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); INDEX, the integer that counts elements: int where every
 // tensor is below 2^31 of them.
@@ -22,7 +24,7 @@ struct Parameters {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    depthwise_wgrad_direct(const T* dy, const T* x, Sum* partials, const __grid_constant__ Parameters g) {
+    depthwise_wgrad_direct(const T* dy, const T* x, Sum*, T* dw, T* dbias, const __grid_constant__ Parameters g) {
   __shared__ Sum sums[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const int taps = g.R * g.S;
@@ -56,5 +58,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (thread < half) sums[thread] += sums[thread + half];
   }
-  if (thread == 0) partials[block] = sums[0];
+  if (thread == 0) (tap < taps ? dw[static_cast<int64>(k) * taps + tap] : dbias[k]) = narrow<T>(sums[0]);
 }

@@ -1,13 +1,14 @@
-// Depthwise convolution, gradients of the weights and the bias, NCHW, by runs (sm_90 and newer): partial sums.
+// Depthwise convolution, gradients of the weights and the bias, NCHW, by runs (sm_90 and newer).
 //
 // A block owns a plane, or some neighbouring planes, of dy's channels, and a slab of the batch: it goes through units, each
 // some rows of these planes in one image. Two bulk copies bring a unit's runs of dy and, halo included, of x, while the
 // units before it are worked on. Threads take patches of dy, as depthwise_runs takes patches of y: every element of dy and
 // of x is loaded once a patch, and R x S sums stay in a thread's registers through all units. In the end they are added in
-// a fixed order, thread by thread; depthwise_wgrad_reduce does so with the partial sums of all slabs.
+// a fixed order, thread by thread; depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are
+// several.
 //
 // Compile-time values: as in depthwise_runs.cu, of which VECTOR is x's and OUT_VECTOR dy's; BIAS (whether dbias is summed
-// too); EXACT (no patch reaches beyond dy); BLOCKS (that a multiprocessor is to hold, which bounds the registers).
+// too); FINAL (there is one slab, and no need for another launch); EXACT (no patch reaches beyond its unit's dy); BLOCKS (that a multiprocessor is to hold, which bounds the registers).
 #include "patches.cuh"
 #include "runs.cuh"
 
@@ -17,6 +18,7 @@ using Sum = Accumulator<T>;
 constexpr int kR = CUCONV_R;
 constexpr int kS = CUCONV_S;
 constexpr bool kBias = CUCONV_BIAS;
+constexpr bool kFinal = CUCONV_FINAL;
 constexpr bool kPadded = CUCONV_PADDED;
 constexpr bool kMultiplied = CUCONV_MULTIPLIED;
 constexpr bool kExact = CUCONV_EXACT;
@@ -76,74 +78,99 @@ struct Unit {
   }
 };
 
-// Adds the products of a patch of dy that exists as a whole, every row of x meeting all the rows of dy that it has a part
-// in. `source` is the element of x of the first element's first tap, at (row, column); neither need exist.
-__device__ __forceinline__ void add_patch(const Parameters& g, const T* dy, const T* source, int row, int column,
-                                          Sum (&sum)[kR][kS], Sum& bias_sum) {
+// Whether x and dy were seen to be finite where it matters: a NaN that stays one, or zero.
+//
+// For speed, elements of dy that do not exist count as zeros, which is wrong where they meet an infinite x; and taps in the
+// padding that are known at compile time are passed over, which is wrong where an infinite dy meets them.
+constexpr bool kPassedOver = kPadded && kWidth > 0;
+
+__device__ __forceinline__ void probe(Sum value, Sum& seen) { seen = fma(value, Sum(0), seen); }
+
+// Adds the products of a patch of dy, every row of x meeting all the rows of dy that it has a part in. `source` is the
+// element of x of the first element's first tap, `row` rows below the first of x's `rows_of_x` in shared memory, and in
+// `column`; neither need exist. `rows` and `columns` of dy exist from the patch's first element on.
+__device__ __forceinline__ void add_patch(const Parameters& g, const T* dy, const T* source, int row, int rows_of_x,
+                                          int column, int rows, int columns, Sum (&sum)[kR][kS], Sum& bias_sum,
+                                          Sum& seen) {
   const int unit_h = kDilated ? g.dilation_h : 1;
   const int unit_w = kDilated ? g.dilation_w : 1;
   const int spacing_h = kDilated ? g.spacing_h : 1;
   const int spacing_w = kDilated ? g.spacing_w : 1;
   Row x_row;
-  x_row.template place<kPadded>(column, unit_w, g.W);
+  x_row.template place<kPadded || !kExact>(column, unit_w, g.W);
+  bool exists[kColumns / kOutVector];
+#pragma unroll
+  for (int v = 0; v < kColumns; v += kOutVector) exists[v / kOutVector] = kExact || v * spacing_w < columns;
+  const bool part = !kExact && (rows <= (kRows - 1) * spacing_h || columns <= (kColumns - 1) * spacing_w);
   Sum gradient[kRows][kColumns] = {};
 #pragma unroll
   for (int i = 0; i < kSpanH; ++i) {
-    Sum value[kSpanW];
-    x_row.load(source, !kPadded || within(row, g.H), unit_w, value);
-    source += unit_h * g.W;
-    row += unit_h;
     if (i % kStrideH == 0 && i / kStrideH < kRows) {
       const int t = i / kStrideH;
 #pragma unroll
       for (int v = 0; v < kColumns; v += kOutVector) {
         Sum vector[kOutVector];
-        load_widened<kOutVector>(dy + v * spacing_w, true, vector);
+        load_widened<kOutVector>(dy + v * spacing_w, exists[v / kOutVector] && (kExact || t * spacing_h < rows), vector);
 #pragma unroll
         for (int e = 0; e < kOutVector; ++e) {
           gradient[t][v + e] = vector[e];
           if (kBias) bias_sum += vector[e];
+          if (kPassedOver) probe(vector[e], seen);
         }
       }
       dy += spacing_h * g.Q;
     }
+    const bool row_within = !(kPadded || !kExact) || within(row, rows_of_x);
+    if (!kPassedOver || row_within) {
+      Sum value[kSpanW];
+      x_row.load(source, row_within, unit_w, value);
+      if (part) {
 #pragma unroll
-    for (int r = 0; r < kR; ++r) {
-      if (i < r || (i - r) % kStrideH != 0 || (i - r) / kStrideH >= kRows) continue;
-      const int t = (i - r) / kStrideH;
+        for (int j = 0; j < kSpanW; ++j) probe(value[j], seen);
+      }
 #pragma unroll
-      for (int v = 0; v < kColumns; ++v)
+      for (int r = 0; r < kR; ++r) {
+        if (i < r || (i - r) % kStrideH != 0 || (i - r) / kStrideH >= kRows) continue;
+        const int t = (i - r) / kStrideH;
 #pragma unroll
-        for (int s = 0; s < kS; ++s) sum[r][s] = fma(value[v * kStrideW + s], gradient[t][v], sum[r][s]);
+        for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+          for (int s = 0; s < kS; ++s) {
+            const int j = v * kStrideW + s;
+            if (kPassedOver && (j < kLeft || j >= kLeft + kWidth)) continue;
+            sum[r][s] = fma(value[j], gradient[t][v], sum[r][s]);
+          }
+      }
     }
+    source += unit_h * g.W;
+    row += unit_h;
   }
 }
 
-// The same for a patch of which only `rows` x `columns` elements exist: one by one, since a zero in place of those that
-// do not would still meet what there is of x, and x may be infinite.
-__device__ __forceinline__ void add_part(const Parameters& g, const T* dy, const T* source, int row, int column, int rows,
-                                         int columns, Sum (&sum)[kR][kS], Sum& bias_sum) {
-  const int step_h = g.spacing_h * g.stride_h;
-  const int step_w = g.spacing_w * g.stride_w;
-  for (int t = 0; t < rows; ++t)
-    for (int v = 0; v < columns; ++v) {
-      const Sum gradient = widen(dy[t * g.spacing_h * g.Q + v * g.spacing_w]);
-      if (kBias) bias_sum += gradient;
+// Adds one element of dy's products with the taps at (row, column) of a plane of x, those in the padding too.
+__device__ __forceinline__ void add_element(const Parameters& g, Sum gradient, const T* x, int row, int column,
+                                            Sum (&sum)[kR][kS]) {
 #pragma unroll
-      for (int r = 0; r < kR; ++r) {
-        const int h = t * step_h + r * g.dilation_h;
+  for (int r = 0; r < kR; ++r)
 #pragma unroll
-        for (int s = 0; s < kS; ++s) {
-          const int w = v * step_w + s * g.dilation_w;
-          const bool exists = !kPadded || (within(row + h, g.H) && within(column + w, g.W));
-          sum[r][s] = fma(exists ? widen(source[h * g.W + w]) : Sum(0), gradient, sum[r][s]);
-        }
-      }
+    for (int s = 0; s < kS; ++s) {
+      const int h = row + r * g.dilation_h;
+      const int w = column + s * g.dilation_w;
+      const bool exists = within(h, g.H) && within(w, g.W);
+      sum[r][s] = fma(exists ? widen(x[static_cast<int64>(h) * g.W + w]) : Sum(0), gradient, sum[r][s]);
     }
 }
 
+__device__ __forceinline__ void clear(Sum (&sum)[kR][kS]) {
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int s = 0; s < kS; ++s) sum[r][s] = Sum(0);
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_wgrad_runs(const T* dy, const T* x, Sum* partials, const __grid_constant__ Parameters g) {
+    depthwise_wgrad_runs(const T* dy, const T* x, Sum* partials, T* dw, T* dbias,
+                         const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   __shared__ uint64 full[kStages];
   const int thread = static_cast<int>(threadIdx.x);
@@ -190,11 +217,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int dy_offset = static_cast<int>(plane * dy_plane);
 
   Sum sum[kR][kS];
-#pragma unroll
-  for (int r = 0; r < kR; ++r)
-#pragma unroll
-    for (int s = 0; s < kS; ++s) sum[r][s] = Sum(0);
+  clear(sum);
   Sum bias_sum = 0;
+  Sum seen = 0;
   __syncthreads();
 
   for (int turn = 0; turn < units; ++turn) {
@@ -215,23 +240,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           q *= kColumns;
         }
         if (p >= unit.rows) continue;  // the last unit of a plane may have fewer rows
-        const int spacing_h = kDilated ? g.spacing_h : 1;
-        const int spacing_w = kDilated ? g.spacing_w : 1;
-        const int row = unit.top_row + p * g.stride_h;
+        const int row = unit.top_row + p * g.stride_h - unit.low;
         const int column = q * g.stride_w - g.left;
-        const T* const source = x_shared + x_offset + (row - unit.low) * g.W + column;
-        const T* const gradient = dy_shared + dy_offset + p * g.Q + q;
-        if (kExact || (p + (kRows - 1) * spacing_h < unit.rows && q + (kColumns - 1) * spacing_w < g.Q)) {
-          add_patch(g, gradient, source, row, column, sum, bias_sum);
-        } else {
-          const int rows = (unit.rows - p + spacing_h - 1) / spacing_h;
-          const int columns = (g.Q - q + spacing_w - 1) / spacing_w;
-          add_part(g, gradient, source, row, column, min(rows, kRows), min(columns, kColumns), sum, bias_sum);
-        }
+        add_patch(g, dy_shared + dy_offset + p * g.Q + q, x_shared + x_offset + row * g.W + column, row,
+                  unit.high - unit.low, column, unit.rows - p, g.Q - q, sum, bias_sum, seen);
       }
     }
     __syncthreads();
     if (thread < kWarp && turn + kStages < units) load(turn + kStages);
+  }
+
+  const int plane_threads = whole ? items : kThreads;
+  if ((kPassedOver || !kExact) && __syncthreads_or(seen != seen)) {
+    // Once more for data that are not all finite, element by element and straight from global memory.
+    clear(sum);
+    for (int turn = 0; turn < units && plane < planes; ++turn) {
+      const Unit unit(first_unit + turn, g);
+      const T* const gradients = dy_run(unit) + plane * dy_plane;
+      const T* const x_source = x_run(unit) - static_cast<int64>(unit.low) * g.W + x_offset;
+      for (int element = first_item; element < unit.rows * g.Q; element += plane_threads) {
+        const int p = element / g.Q;
+        const int q = element - p * g.Q;
+        add_element(g, widen(gradients[element]), x_source, unit.top_row + p * g.stride_h,
+                    q * g.stride_w - g.left, sum);
+      }
+    }
   }
 
   // All loads have landed and been read: their memory is free for the sums of every thread.
@@ -242,14 +275,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int s = 0; s < kS; ++s) sums[(r * kS + s) * kThreads + thread] = sum[r][s];
   if (kBias) sums[kR * kS * kThreads + thread] = bias_sum;
   __syncthreads();
-  const int plane_threads = whole ? items : kThreads;
-  Sum* const result = partials + (static_cast<int64>(blockIdx.x) * g.K + k0) * kEntries;
   for (int entry = thread; entry < planes * kEntries; entry += kThreads) {
     const int tap = entry / planes;
     const int of_plane = entry - tap * planes;
     const Sum* const terms = sums + tap * kThreads + of_plane * plane_threads;
     Sum total = 0;
     for (int i = 0; i < plane_threads; ++i) total += terms[i];
-    result[of_plane * kEntries + tap] = total;
+    const int64 k = k0 + of_plane;
+    if (!kFinal) {
+      partials[(static_cast<int64>(blockIdx.x) * g.K + k) * kEntries + tap] = total;
+    } else if (tap < kR * kS) {
+      dw[k * (kR * kS) + tap] = narrow<T>(total);
+    } else {
+      dbias[k] = narrow<T>(total);
+    }
   }
 }

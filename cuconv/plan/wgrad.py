@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..geometry import Conv2dGeometry, Pair
@@ -28,15 +28,15 @@ from .runs import MAX_TAPS, bank_passes, run_bytes
 
 @dataclass(frozen=True, slots=True)
 class WgradPlan:
-    """Two launches: partials takes (dy, x, workspace), reduce takes (workspace, dw, dbias)."""
+    """A launch of (dy, x, workspace, dw, dbias) and, where slabs are summed apart, one of (workspace, dw, dbias)."""
 
-    partials: Plan
-    reduce: Plan
+    sums: Plan
+    reduce: Plan | None
     workspace_bytes: int
 
     @property
     def source(self) -> str:
-        return self.partials.source
+        return self.sums.source
 
 
 def direct(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
@@ -45,7 +45,7 @@ def direct(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
     if blocks > MAX_GRID[0]:
         raise Unsuitable(f"{blocks} gradients are more than one launch can count")
     small = max(g.x_size, g.y_size) <= 2**31 - 1
-    partials = Plan(
+    sums = Plan(
         source="depthwise_wgrad_direct",
         defines=(("T", DTYPES[dtype][0]), ("BIAS", int(bias)), ("INDEX", "int" if small else "int64")),
         grid=(blocks, 1, 1),
@@ -60,14 +60,14 @@ def direct(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
             ("total_terms", g.N * g.P * g.Q),
         ),
     )
-    return _with_reduce(partials, 1, g, dtype, bias)
+    return WgradPlan(sums, None, 0)
 
 
 # As many results as a block of depthwise_wgrad_reduce has, and its threads.
 _REDUCE_RESULTS, _REDUCE_THREADS = 32, 256
 
 
-def _with_reduce(partials: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
+def _with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
     taps = g.R * g.S
     total = g.K * (taps + bias)
     reduce = Plan(
@@ -78,7 +78,7 @@ def _with_reduce(partials: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias
         shared_bytes=0,
         parameters=(("taps", taps), ("entries", taps + bias), ("slabs", slabs), ("total_entries", total)),
     )
-    return WgradPlan(partials, reduce, slabs * total * _sum_bytes(dtype))
+    return WgradPlan(sums, reduce, slabs * total * _sum_bytes(dtype))
 
 
 def _sum_bytes(dtype: str) -> int:
@@ -154,13 +154,14 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
     if units > 2**31 - 1 or any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"{grid} blocks are more than one launch can count")
     exact = g.P % (patch.rows * patch.spacing[0]) == 0 and g.Q % (patch.columns * patch.spacing[1]) == 0
-    partials = Plan(
+    sums = Plan(
         source="depthwise_wgrad_runs",
         defines=(
             ("T", DTYPES[dtype][0]),
             ("R", g.R),
             ("S", g.S),
             ("BIAS", int(bias)),
+            ("FINAL", int(slabs == 1)),
             ("PADDED", int(g.padded)),
             ("MULTIPLIED", int(g.multiplier > 1)),
             ("EXACT", int(exact)),
@@ -201,7 +202,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("dy_bytes", tile.dy_bytes),
         ),
     )
-    return _with_reduce(partials, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if slabs == 1 else _with_reduce(sums, slabs, g, dtype, bias)
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
@@ -324,13 +325,12 @@ def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
 
 
 def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Iterator[Tile]:
-    """The tile with as many slabs as fill the device once, and half as many."""
+    """The tile with as many slabs as fill the device once, with half as many, and with one, which takes one launch."""
     units = g.N * -(-g.P // tile.block_rows)
     groups = -(-g.K // tile.block_planes)
     blocks = target.multiprocessors * _resident(g, dtype, bias, target, tile)
-    for part in (1, 2):
-        slabs = max(1, min(units, blocks // part // groups))
-        yield Tile(**{name: getattr(tile, name) for name in Tile.__slots__} | {"slabs": slabs})
+    for slabs in {1, *(max(1, min(units, blocks // part // groups)) for part in (1, 2))}:
+        yield replace(tile, slabs=slabs)
 
 
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:

@@ -54,6 +54,15 @@ inline void __syncthreads(int line = __builtin_LINE()) {
   for (int i = 0; i < threads; i++) fibers[i].state = kReady;
 }
 
+inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
+  __syncthreads(line);
+  hostcuda::any_of_block = 0;
+  __syncthreads(line);
+  if (predicate) hostcuda::any_of_block = 1;
+  __syncthreads(line);
+  return hostcuda::any_of_block;
+}
+
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, int line = __builtin_LINE()) {
   hostcuda::meet_lanes(mask, 0, line);
 }

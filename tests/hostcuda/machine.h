@@ -53,7 +53,7 @@ static Fiber fibers[kMaxThreads];
 static Fiber scheduler;
 static Fiber* self = &scheduler;
 static unsigned char* stacks;
-static int threads, exited, at_sync, sync_line, generation, fence_generation, store_generation;
+static int threads, exited, at_sync, sync_line, any_of_block, generation, fence_generation, store_generation;
 static std::vector<Load> loads;
 static std::vector<Barrier> barriers;
 static unsigned char* dynamic_shared;
