@@ -1,16 +1,22 @@
-// Depthwise convolution, NCHW, by runs (sm_90 and newer): forward, and at stride 1 the gradient of the input, which is the
-// convolution of dy with the kernel turned around. The names are the forward pass's.
+// Depthwise convolution, NCHW, by runs (sm_90 and newer): forward, and the gradient of the input, which is the convolution
+// of dy, spread by the stride, with the kernel turned around. The names are the forward pass's.
 //
 // A block owns a run of the output: some rows of one plane, or some whole neighbouring planes. The input rows that it
 // needs, halo included and full width, are a run too. One bulk copy brings it, lanes take columns and slide down the
 // rows, one bulk copy takes the results back. A block may do so for the same planes of several images in turn: its
 // weights then stay in registers, and the next image is on its way while this one is worked on.
 //
-// Compile-time values: T; R, S; PADDED (a tap may fall outside x); TURNED (the kernel, both ways); MULTIPLIED (several output channels an input channel);
-// THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its patch); STRIDE_H, STRIDE_W (of the
-// patch, see below); DILATED; VECTOR, OUT_VECTOR (elements of one load and one store of shared memory: they divide W and
-// Q, and runs start at multiples of them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch
-// spans the whole row, so that what falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere).
+// Compile-time values: T; R, S; PADDED (a tap may fall outside x); TURNED (the kernel, both ways); MULTIPLIED (several
+// output channels an input channel); THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its
+// patch); STRIDE_H, STRIDE_W (of the patch, see below); SPREAD_H, SPREAD_W, FIRST_H, FIRST_W (see below); DILATED; VECTOR,
+// OUT_VECTOR (elements of one load and one store of shared memory: they divide W and Q, and runs start at multiples of
+// them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what
+// falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere).
+//
+// Spread: x's rows are SPREAD_H apart, as if there were SPREAD_H - 1 rows between any two, which no tap meets. Patches
+// start at multiples of SPREAD_H, so that in each of them the first row of x is met by tap FIRST_H of the first output, or
+// would be if the kernel were so high, and what meets what is known at compile time. `top` counts rows of x, rounded
+// down. Columns likewise. An axis is spread or has strides and dilations, not both.
 //
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows so
 // far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise.
@@ -31,6 +37,10 @@ constexpr int kRows = CUCONV_ROWS;
 constexpr int kColumns = CUCONV_COLUMNS;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
+constexpr int kSpreadH = CUCONV_SPREAD_H;
+constexpr int kSpreadW = CUCONV_SPREAD_W;
+constexpr int kFirstH = CUCONV_FIRST_H;
+constexpr int kFirstW = CUCONV_FIRST_W;
 constexpr bool kDilated = CUCONV_DILATED;
 constexpr int kVector = CUCONV_VECTOR;
 constexpr int kOutVector = CUCONV_OUT_VECTOR;
@@ -38,15 +48,18 @@ constexpr int kLeft = CUCONV_LEFT;
 constexpr int kWidth = CUCONV_WIDTH;
 
 // Rows and columns of x that a patch needs, in units of the dilation.
-constexpr int kSpanH = (kRows - 1) * kStrideH + kR;
-constexpr int kSpanW = (kColumns - 1) * kStrideW + kS;
+constexpr int kSpanH = ((kRows - 1) * kStrideH + kR - kFirstH + kSpreadH - 1) / kSpreadH;
+constexpr int kSpanW = ((kColumns - 1) * kStrideW + kS - kFirstW + kSpreadW - 1) / kSpreadW;
 // They are loaded in vectors, the first of which starts kPhase columns before them.
 constexpr int kPhase = kWidth ? 0 : (kVector - kLeft % kVector) % kVector;
 constexpr int kVectors = (kPhase + kSpanW + kVector - 1) / kVector;
 
 static_assert(kStages == 1 || kStages == 2, "the parity of a barrier is counted for these");
 static_assert(!kDilated || (kVector == 1 && kOutVector == 1 && kWidth == 0), "dilated columns are no vectors");
-static_assert(kWidth || kColumns * kStrideW % kVector == 0, "every patch starts at the same place of a vector");
+static_assert(kFirstH < kSpreadH && kFirstW < kSpreadW && kSpanH > 0 && kSpanW > 0, "a patch meets some of x");
+static_assert((kSpreadH == 1 || kStrideH == 1) && (kSpreadW == 1 || kStrideW == 1), "an axis has one of the two");
+static_assert(kWidth || kColumns % kSpreadW == 0, "every patch starts at the same place between two columns");
+static_assert(kWidth || kColumns / kSpreadW * kStrideW % kVector == 0, "every patch starts at the same place of a vector");
 static_assert(kWidth % kVector == 0 && kColumns % kOutVector == 0, "rows and patches are whole vectors");
 
 struct Parameters {
@@ -130,12 +143,16 @@ __device__ __forceinline__ void convolve(const Parameters& g, const T* source, i
     row += unit_h;
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      if (i < r || (i - r) % kStrideH != 0 || (i - r) / kStrideH >= kRows) continue;
-      const int t = (i - r) / kStrideH;
+      const int beyond = kFirstH + i * kSpreadH - r;
+      if (beyond < 0 || beyond % kStrideH != 0 || beyond / kStrideH >= kRows) continue;
+      const int t = beyond / kStrideH;
 #pragma unroll
       for (int v = 0; v < kColumns; ++v)
 #pragma unroll
-        for (int s = 0; s < kS; ++s) sum[t][v] = fma(value[v * kStrideW + s], weight[r][s], sum[t][v]);
+        for (int s = 0; s < kS; ++s) {
+          const int j = v * kStrideW + s - kFirstW;
+          if (j >= 0 && j % kSpreadW == 0) sum[t][v] = fma(value[j / kSpreadW], weight[r][s], sum[t][v]);
+        }
     }
   }
 }
@@ -154,9 +171,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int rows = min(g.block_rows, g.P - p0);
   const int k0 = static_cast<int>(blockIdx.y) * g.block_planes;
   const int c0 = input_plane_of(k0, g);
-  const int top_row = p0 * g.stride_h - g.top;
+  const int top_row = p0 / kSpreadH * g.stride_h - g.top;
+  const int reach = (rows - 1) * g.stride_h + (kR - 1) * g.dilation_h;
   const int low = min(max(top_row, 0), g.H);
-  const int high = max(low, min(g.H, top_row + (rows - 1) * g.stride_h + (kR - 1) * g.dilation_h + 1));
+  const int high = max(low, min(g.H, top_row + (reach - kFirstH + kSpreadH) / kSpreadH));
   const int64 input_plane = static_cast<int64>(g.H) * g.W;
   const int64 output_plane = static_cast<int64>(g.P) * g.Q;
   const int64 input_image = input_plane_of(g.image_planes, g) * input_plane;
@@ -225,8 +243,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         }
         const int spacing_h = kDilated ? g.spacing_h : 1;
         const int spacing_w = kDilated ? g.spacing_w : 1;
-        const int row = top_row + p * g.stride_h;
-        const int column = q * g.stride_w - g.left;
+        const int row = top_row + p / kSpreadH * g.stride_h;
+        const int column = q / kSpreadW * g.stride_w - g.left;
         Sum sum[kRows][kColumns];
 #pragma unroll
         for (int t = 0; t < kRows; ++t)

@@ -38,6 +38,20 @@ _GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """How far apart the rows and columns of x lie, as if between them were others that no tap meets.
+
+    Tap `first` of the first output is the first that may meet a row of x; the padding counts rows of x, rounded down.
+    """
+
+    by: Pair = (1, 1)
+    first: Pair = (0, 0)
+
+
+_NO_SPREAD = Spread()
+
+
+@dataclass(frozen=True, slots=True)
 class Patch:
     """What one thread makes: rows x columns outputs, by loads and stores of so many elements.
 
@@ -47,6 +61,7 @@ class Patch:
     rows: int
     columns: int
     stride: Pair
+    spread: Spread
     spacing: Pair
     vector: int
     out_vector: int
@@ -80,35 +95,61 @@ class Tile:
         return self.stages * (self.input_bytes + self.output_bytes)
 
 
-def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _plan(g, dtype, target, aligned, _NO_SPREAD, turned=False)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    """The plan of dx as a convolution of dy."""
+    turned, spread = dgrad_as_forward(g)
+    return _plan(turned, dtype, target, aligned, spread, turned=True)
+
+
+def dgrad_as_forward(g: Conv2dGeometry) -> tuple[Conv2dGeometry, Spread]:
+    """The convolution of dy, spread by the stride, with the kernel turned around whose output is dx.
+
+    Its padding is what the kernel reaches beyond the forward padding, and negative where that is more than the reach:
+    rows of dy that no row of x had a part in are then passed over.
+    """
+    if g.multiplier > 1:
+        raise Unsuitable(f"takes multiplier 1 here, and has {g.multiplier}")
+    padding, first, dilations = [], [], []
+    for axis, (x, y, kernel) in enumerate(((g.H, g.P, g.R), (g.W, g.Q, g.S))):
+        stride = g.stride[axis]
+        dilation = g.dilation[axis] if stride == 1 or kernel > 1 else 1
+        if stride > 1 and dilation > 1:
+            raise Unsuitable(f"takes stride 1 or dilation 1 along an axis here, and has {g.stride} and {g.dilation}")
+        reach = dilation * (kernel - 1)
+        before = reach - g.padding[axis][0]
+        after = x - 1 + reach - before - (y - 1) * stride
+        padding.append((before // stride, after // stride))
+        first.append(before % stride)
+        dilations.append(dilation)
+    as_forward = replace(
+        g,
+        H=g.P,
+        W=g.Q,
+        P=g.H,
+        Q=g.W,
+        stride=(1, 1),
+        padding=(padding[0], padding[1]),
+        dilation=(dilations[0], dilations[1]),
+    )
+    return as_forward, Spread(g.stride, (first[0], first[1]))
+
+
+def _plan(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, spread: Spread, turned: bool) -> Plan:
     if target.architecture < 90:
         raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
     if g.R * g.S > MAX_TAPS:
         raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
     budget = target.shared_per_block - SHARED_RESERVE
-    choices = [tile for patch in patches(g, dtype, aligned) for tile in tiles(g, dtype, patch, budget)]
+    choices = [tile for patch in patches(g, dtype, aligned, spread) for tile in tiles(g, dtype, patch, budget)]
     if not choices:
-        raise Unsuitable(f"{g.R} rows of {g.W} elements do not fit shared memory")
+        raise Unsuitable(
+            f"no patch of {g.R}x{g.S} taps and {g.W} elements a row, {spread.by} apart, fits registers and shared memory"
+        )
     return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile)), turned)
-
-
-def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
-    """The plan of dx as a convolution of dy."""
-    return forward(dgrad_as_forward(g), dtype, target, aligned, turned=True)
-
-
-def dgrad_as_forward(g: Conv2dGeometry) -> Conv2dGeometry:
-    """At stride 1, the convolution of dy with the kernel turned around whose output is dx.
-
-    Its padding is what the kernel reaches beyond the forward padding, and negative where that is more than the reach:
-    rows of dy that no row of x had a part in are then passed over.
-    """
-    if g.stride != (1, 1) or g.multiplier > 1:
-        raise Unsuitable(f"takes stride 1 and multiplier 1 here, and has {g.stride} and {g.multiplier}")
-    reach = [dilation * (kernel - 1) for dilation, kernel in zip(g.dilation, (g.R, g.S), strict=True)]
-    (top, bottom), (left, right) = g.padding
-    padding = ((reach[0] - top, reach[0] - bottom), (reach[1] - left, reach[1] - right))
-    return replace(g, H=g.P, W=g.Q, P=g.H, Q=g.W, padding=padding)
 
 
 def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
@@ -132,6 +173,10 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("COLUMNS", patch.columns),
             ("STRIDE_H", patch.stride[0]),
             ("STRIDE_W", patch.stride[1]),
+            ("SPREAD_H", patch.spread.by[0]),
+            ("SPREAD_W", patch.spread.by[1]),
+            ("FIRST_H", patch.spread.first[0]),
+            ("FIRST_W", patch.spread.first[1]),
             ("DILATED", int(g.dilation != (1, 1))),
             ("VECTOR", patch.vector),
             ("OUT_VECTOR", patch.out_vector),
@@ -174,7 +219,7 @@ def _images(g: Conv2dGeometry, block_planes: int) -> tuple[int, int]:
     return fold * g.K, -(-g.N // fold)
 
 
-def patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
+def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_SPREAD) -> Iterator[Patch]:
     """The patches that a thread's registers hold."""
     size = DTYPES[dtype][1]
     dilated = g.dilation != (1, 1)
@@ -185,20 +230,24 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
     # The widest vectors that rows of x and of y are made of.
     widest = VECTOR_BYTES // size if aligned and not dilated else 1
     of_x, of_y = (math.gcd(extent, widest) for extent in (g.W, g.Q))
-    columns_choices = [c for c in _COLUMNS if c == 1 or (stride[1] <= 2 and (c - 1) * spacing[1] < g.Q)]
-    if not dilated and g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
+    # Of a spread x, every patch has whole spreads.
+    (by_h, by_w), (first_h, first_w) = spread.by, spread.first
+    columns_choices = [by_w * c for c in _COLUMNS if c == 1 or (stride[1] <= 2 and (by_w * c - 1) * spacing[1] < g.Q)]
+    if not dilated and by_w <= g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
-    rows_choices = [r for r in _ROWS if r == 1 or stride[0] <= 2]
+    rows_choices = [r for r in _ROWS if r % by_h == 0 and (r == 1 or stride[0] <= 2)]
+    if by_h > 1:
+        rows_choices = sorted({*rows_choices, by_h, 2 * by_h}, reverse=True)
     # Of the patches taller than the plane, the lowest.
     tall = [r for r in rows_choices if r * spacing[0] >= g.P]
     rows_choices = [r for r in rows_choices if r not in tall[:-1]]
     for columns, rows in product(dict.fromkeys(columns_choices), rows_choices):
         patch_stride = (stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1)
         whole_rows = not dilated and columns == g.Q
-        vector = of_x if whole_rows else math.gcd(of_x, columns * patch_stride[1])
+        vector = of_x if whole_rows else math.gcd(of_x, columns // by_w * patch_stride[1])
         out_vector = math.gcd(of_y, columns)
-        span_rows = (rows - 1) * patch_stride[0] + g.R
-        span = g.W if whole_rows else (columns - 1) * patch_stride[1] + g.S
+        span_rows = _met((rows - 1) * patch_stride[0] + g.R, by_h, first_h)
+        span = g.W if whole_rows else _met((columns - 1) * patch_stride[1] + g.S, by_w, first_w)
         loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
         words = max(1, size // 4)
         values = (rows * columns + g.R * g.S + span) * words
@@ -207,20 +256,21 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
         # Of one row: loads, what they are where they fall outside, conversions, the bounds.
         row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
         stores = (1 + size / 4 if size < 4 else 1) * columns / out_vector + (columns if size == 2 else 0) + 2
-        slots = (row_slots * span_rows + rows * stores + 30) / (rows * columns) + g.R * g.S * words
+        slots = (row_slots * span_rows + rows * stores + 30) / (rows * columns) + g.R * g.S * words / (by_h * by_w)
         # Lanes are so many elements apart.
         if whole_rows:
-            apart, apart_out = rows * g.stride[0] * g.W, rows * g.Q
+            apart, apart_out = rows // by_h * g.stride[0] * g.W, rows * g.Q
         elif dilated:
             apart, apart_out = 1, 1
         else:
-            apart, apart_out = columns * patch_stride[1], columns
+            apart, apart_out = columns // by_w * patch_stride[1], columns
         load_passes = loads * span_rows * bank_passes(apart * size, vector * size)
         store_passes = rows * columns / out_vector * bank_passes(apart_out * size, out_vector * size)
         yield Patch(
             rows=rows,
             columns=columns,
             stride=patch_stride,
+            spread=spread,
             spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
             vector=vector,
             out_vector=out_vector,
@@ -231,6 +281,11 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
         )
 
 
+def _met(taps: int, by: int, first: int) -> int:
+    """How many rows of a spread x a number of taps one below the other meets."""
+    return (taps - 1 - first) // by + 1
+
+
 def bank_passes(apart: int, width: int) -> float:
     """How often a warp's access passes over the 32 banks of 4 bytes, its lanes `apart` bytes apart, `width` each."""
     return max(1, width / 4, math.gcd(apart // 4, 32) if apart % 4 == 0 else 1)
@@ -239,7 +294,8 @@ def bank_passes(apart: int, width: int) -> float:
 def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[Tile]:
     """The tiles of a patch that fit `budget` bytes of shared memory."""
     size = DTYPES[dtype][1]
-    reach = (g.R - 1) * g.dilation[0] + 1
+    reach = [(kernel - 1) * dilation + 1 for kernel, dilation in zip((g.R, g.S), g.dilation, strict=True)]
+    (by_h, by_w), (first_h, first_w) = patch.spread.by, patch.spread.first
     # Rows and columns that are patched together: a patch for each of `spacing` beginnings.
     group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
     column_groups = -(-g.Q // group_columns)
@@ -247,14 +303,14 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
     # Columns that a thread may look at behind the last row, though it may not store what comes of them.
     overhang = 2 * patch.vector
     if not g.padded:
-        overhang += max(0, (column_groups * group_columns - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1 - g.W)
+        overhang += max(0, _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.W)
     all_groups = -(-g.P // group_rows)
     for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
         block_rows = min(g.P, groups * group_rows)
         row_items = groups * patch.spacing[0]
         whole = block_rows == g.P
         # Rows likewise.
-        input_rows = (groups * group_rows - 1) * g.stride[0] + reach
+        input_rows = _met((groups * group_rows - 1) * g.stride[0] + reach[0], by_h, first_h)
         if (input_rows + max(0, *g.padding[0])) * g.W > 2**31 - 1:
             break  # offsets of rows, those in the padding too, are 32-bit integers
         if g.padded:
@@ -306,8 +362,9 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
     idle *= row_groups * tile.block_rows / g.P
     # A thread's work for every image, and for the weights, which it fetches once.
     fixed = (28 + 3.3 * g.R * g.S / tile.block_images) * tile.threads / outputs
-    needed = (tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
-    halo = 1.0 if row_groups == 1 else needed / (tile.block_rows * g.stride[0])
+    by, first = patch.spread.by[0], patch.spread.first[0]
+    needed = _met((tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1, by, first)
+    halo = 1.0 if row_groups == 1 else needed * by / (tile.block_rows * g.stride[0])
     run_bytes = (halo * g.x_size / g.y_size + 1) * size
     # Every scheduler has so many warps to choose from: few of them leave it waiting.
     resident = max(
