@@ -7,11 +7,12 @@
 // weights then stay in registers, and the next image is on its way while this one is worked on.
 //
 // Compile-time values: T; R, S; PADDED (a tap may fall outside x); TURNED (the kernel, both ways); MULTIPLIED (several
-// output channels an input channel); THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its
-// patch); STRIDE_H, STRIDE_W (of the patch, see below); SPREAD_H, SPREAD_W, FIRST_H, FIRST_W (see below); DILATED; VECTOR,
-// OUT_VECTOR (elements of one load and one store of shared memory: they divide W and Q, and runs start at multiples of
-// them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what
-// falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere).
+// output channels an input channel); SUMMED (an output channel is the sum over several input channels, each with weights
+// of its own); THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its patch); STRIDE_H,
+// STRIDE_W (of the patch, see below); SPREAD_H, SPREAD_W, FIRST_H, FIRST_W (see below); DILATED; VECTOR, OUT_VECTOR
+// (elements of one load and one store of shared memory: they divide W and Q, and runs start at multiples of them); LEFT
+// (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what falls outside
+// is known at compile time, and LEFT is the padding itself; 0 elsewhere).
 //
 // Spread: x's rows are SPREAD_H apart, as if there were SPREAD_H - 1 rows between any two, which no tap meets. Patches
 // start at multiples of SPREAD_H, so that in each of them the first row of x is met by tap FIRST_H of the first output, or
@@ -31,6 +32,7 @@ constexpr int kS = CUCONV_S;
 constexpr bool kPadded = CUCONV_PADDED;
 constexpr bool kTurned = CUCONV_TURNED;
 constexpr bool kMultiplied = CUCONV_MULTIPLIED;
+constexpr bool kSummed = CUCONV_SUMMED;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kRows = CUCONV_ROWS;
@@ -54,6 +56,7 @@ constexpr int kSpanW = ((kColumns - 1) * kStrideW + kS - kFirstW + kSpreadW - 1)
 constexpr int kPhase = kWidth ? 0 : (kVector - kLeft % kVector) % kVector;
 constexpr int kVectors = (kPhase + kSpanW + kVector - 1) / kVector;
 
+static_assert(!kMultiplied || !kSummed, "channels multiply one way");
 static_assert(kStages == 1 || kStages == 2, "the parity of a barrier is counted for these");
 static_assert(!kDilated || (kVector == 1 && kOutVector == 1 && kWidth == 0), "dilated columns are no vectors");
 static_assert(kFirstH < kSpreadH && kFirstW < kSpreadW && kSpanH > 0 && kSpanW > 0, "a patch meets some of x");
@@ -63,7 +66,7 @@ static_assert(kWidth || kColumns / kSpreadW * kStrideW % kVector == 0, "every pa
 static_assert(kWidth % kVector == 0 && kColumns % kOutVector == 0, "rows and patches are whole vectors");
 
 struct Parameters {
-  int multiplier;                  // output planes for each input plane
+  int multiplier;                  // output planes for each input plane, or input planes for each output plane
   int K;                           // output channels; weights repeat after so many output planes
   int H, W, P, Q;
   int top, left;                   // padding
@@ -78,6 +81,7 @@ struct Parameters {
   int block_planes;                // output planes of a block in one image; 1 unless they are whole
   int block_rows;                  // output rows of a block
   int block_images;                // images that a block works on in turn
+  int run_bytes;                   // shared bytes of one run of x: a part of an output plane that is a sum has several
   int input_bytes, output_bytes;   // shared bytes of one image's runs
 };
 
@@ -90,9 +94,20 @@ __device__ __forceinline__ bool within(int index, int extent) {
   return static_cast<uint32>(index) < static_cast<uint32>(extent);
 }
 
-// The input plane of an output plane.
+// The input plane, or the first of them, of an output plane.
 __device__ __forceinline__ int input_plane_of(int output_plane, const Parameters& g) {
+  if constexpr (kSummed) return output_plane * g.multiplier;
   return kMultiplied ? output_plane / g.multiplier : output_plane;
+}
+
+__device__ __forceinline__ void load_weights(const T* w, int64 channel, Sum (&weight)[kR][kS]) {
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int s = 0; s < kS; ++s) {
+      const int tap = kTurned ? kR * kS - 1 - (r * kS + s) : r * kS + s;
+      weight[r][s] = widen(w[channel * (kR * kS) + tap]);
+    }
 }
 
 // One row of x as a patch needs it, zeros outside; `source` is where its first tap is, or would be.
@@ -186,16 +201,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const int image_planes = first_image + turn == g.images - 1 ? g.last_image_planes : g.image_planes;
     return min(g.block_planes, image_planes - k0);
   };
+  // Where planes are whole, those that are summed are neighbours in one run; else every one of them is a run.
+  const bool whole = g.block_planes > 1;
+  const int summed = kSummed ? g.multiplier : 1;
+  const int runs = kSummed && !whole ? summed : 1;
   const auto load = [&](int turn) {
-    const int others = input_plane_of(k0 + planes_of(turn) - 1, g) - c0;
-    const Run<const T> run(x_run + turn * input_image, static_cast<int>(others * input_plane) + (high - low) * g.W,
-                           shared + turn % kStages * g.input_bytes);
-    load_run(run, &full[turn % kStages], thread);
+    const int others = input_plane_of(k0 + planes_of(turn) - 1, g) - c0 + (summed - runs);
+    for (int m = 0; m < runs; ++m) {
+      const Run<const T> run(x_run + turn * input_image + m * input_plane,
+                             static_cast<int>(others * input_plane) + (high - low) * g.W,
+                             shared + turn % kStages * g.input_bytes + m * g.run_bytes);
+      load_run(run, &full[turn % kStages], thread);
+    }
   };
 
   if (thread < kWarp) {
     if (thread == 0)
-      for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&full[stage], kWarp);
+      for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&full[stage], kWarp * runs);
     __syncwarp();
     for (int turn = 0; turn < kStages; ++turn)
       if (turn < images) load(turn);
@@ -203,7 +225,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   // A thread's part of the block's output stays the same in every image: patches `item`, `item + step`, ... of a plane.
   const int items = g.row_items * g.column_items;
-  const bool whole = g.block_planes > 1;
   const int plane = whole ? divide(thread, g.items_magic) : 0;
   const int first_item = thread - plane * items;
   const int step = whole ? items : kThreads;
@@ -212,13 +233,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int plane_offset = static_cast<int>((input_plane_of(k0 + plane, g) - c0) * input_plane);
 
   Sum weight[kR][kS];
-#pragma unroll
-  for (int r = 0; r < kR; ++r)
-#pragma unroll
-    for (int s = 0; s < kS; ++s) {
-      const int tap = kTurned ? kR * kS - 1 - (r * kS + s) : r * kS + s;
-      weight[r][s] = widen(w[static_cast<int64>(channel) * (kR * kS) + tap]);
-    }
+  if constexpr (!kSummed) load_weights(w, channel, weight);
   const Sum start = bias == nullptr ? Sum(0) : widen(bias[channel]);
   __syncthreads();
 
@@ -250,7 +265,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         for (int t = 0; t < kRows; ++t)
 #pragma unroll
           for (int v = 0; v < kColumns; ++v) sum[t][v] = start;
-        convolve(g, input + plane_offset + (row - low) * g.W + column, row, column, weight, sum);
+        const int first_tap = plane_offset + (row - low) * g.W + column;
+        if constexpr (kSummed) {
+#pragma unroll 1
+          for (int m = 0; m < summed; ++m) {
+            load_weights(w, static_cast<int64>(channel) * summed + m, weight);
+            const T* const addend = whole ? input + m * static_cast<int>(input_plane)
+                                          : run_in_shared(x_run + turn * input_image + m * input_plane,
+                                                          shared + turn % kStages * g.input_bytes + m * g.run_bytes);
+            convolve(g, addend + first_tap, row, column, weight, sum);
+          }
+        } else {
+          convolve(g, input + first_tap, row, column, weight, sum);
+        }
 
         T* result = output + plane * static_cast<int>(output_plane) + p * g.Q + q;
 #pragma unroll

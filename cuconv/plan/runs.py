@@ -109,10 +109,9 @@ def dgrad_as_forward(g: Conv2dGeometry) -> tuple[Conv2dGeometry, Spread]:
     """The convolution of dy, spread by the stride, with the kernel turned around whose output is dx.
 
     Its padding is what the kernel reaches beyond the forward padding, and negative where that is more than the reach:
-    rows of dy that no row of x had a part in are then passed over.
+    rows of dy that no row of x had a part in are then passed over. Its output channels are sums over as many of its
+    input channels as the forward multiplier says.
     """
-    if g.multiplier > 1:
-        raise Unsuitable(f"takes multiplier 1 here, and has {g.multiplier}")
     padding, first, dilations = [], [], []
     for axis, (x, y, kernel) in enumerate(((g.H, g.P, g.R), (g.W, g.Q, g.S))):
         stride = g.stride[axis]
@@ -127,6 +126,8 @@ def dgrad_as_forward(g: Conv2dGeometry) -> tuple[Conv2dGeometry, Spread]:
         dilations.append(dilation)
     as_forward = replace(
         g,
+        C=g.K,
+        K=g.C,
         H=g.P,
         W=g.Q,
         P=g.H,
@@ -147,7 +148,7 @@ def _plan(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, spread: 
     choices = [tile for patch in patches(g, dtype, aligned, spread) for tile in tiles(g, dtype, patch, budget)]
     if not choices:
         raise Unsuitable(
-            f"no patch of {g.R}x{g.S} taps and {g.W} elements a row, {spread.by} apart, fits registers and shared memory"
+            f"{g.R} x {g.S} taps, and rows of {g.W} elements {spread.by} apart, do not fit registers and shared memory"
         )
     return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile)), turned)
 
@@ -166,7 +167,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("S", g.S),
             ("PADDED", int(g.padded)),
             ("TURNED", int(turned)),
-            ("MULTIPLIED", int(g.multiplier > 1)),
+            ("MULTIPLIED", int(g.K > g.C)),
+            ("SUMMED", int(g.C > g.K)),
             ("THREADS", tile.threads),
             ("STAGES", tile.stages),
             ("ROWS", patch.rows),
@@ -187,7 +189,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
         block=tile.threads,
         shared_bytes=tile.shared_bytes,
         parameters=(
-            ("multiplier", g.multiplier),
+            ("multiplier", max(g.multiplier, _summed(g))),
             ("K", g.K),
             *plane_parameters(g),
             ("spacing_h", patch.spacing[0]),
@@ -206,10 +208,29 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("block_planes", tile.block_planes),
             ("block_rows", tile.block_rows),
             ("block_images", tile.block_images),
+            ("run_bytes", tile.input_bytes // _input_runs(g, tile.block_planes)),
             ("input_bytes", tile.input_bytes),
             ("output_bytes", tile.output_bytes),
         ),
     )
+
+
+def _summed(g: Conv2dGeometry) -> int:
+    """Of how many input planes an output plane is the sum."""
+    return max(1, g.C // g.K)
+
+
+def _input_runs(g: Conv2dGeometry, block_planes: int) -> int:
+    """How many runs of x a block takes of an image: planes that are summed are one run where they are whole."""
+    return 1 if block_planes > 1 else _summed(g)
+
+
+def _input_planes(g: Conv2dGeometry, planes: int) -> int:
+    """The most input planes that so many neighbouring output planes need."""
+    if g.K <= g.C:
+        return planes * _summed(g)
+    # Output planes that begin in the midst of an input plane's may need one input plane more.
+    return min(planes, (planes - 2) // g.multiplier + 2) if planes > 1 else 1
 
 
 def _images(g: Conv2dGeometry, block_planes: int) -> tuple[int, int]:
@@ -255,8 +276,12 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             continue
         # Of one row: loads, what they are where they fall outside, conversions, the bounds.
         row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
+        summed = _summed(g)
+        if summed > 1:
+            row_slots = summed * (row_slots + 2 * g.R * g.S / span_rows)  # the weights of every channel, once a patch
         stores = (1 + size / 4 if size < 4 else 1) * columns / out_vector + (columns if size == 2 else 0) + 2
-        slots = (row_slots * span_rows + rows * stores + 30) / (rows * columns) + g.R * g.S * words / (by_h * by_w)
+        slots = (row_slots * span_rows + rows * stores + 30) / (rows * columns)
+        slots += summed * g.R * g.S * words / (by_h * by_w)
         # Lanes are so many elements apart.
         if whole_rows:
             apart, apart_out = rows // by_h * g.stride[0] * g.W, rows * g.Q
@@ -264,7 +289,7 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             apart, apart_out = 1, 1
         else:
             apart, apart_out = columns // by_w * patch_stride[1], columns
-        load_passes = loads * span_rows * bank_passes(apart * size, vector * size)
+        load_passes = summed * loads * span_rows * bank_passes(apart * size, vector * size)
         store_passes = rows * columns / out_vector * bank_passes(apart_out * size, out_vector * size)
         yield Patch(
             rows=rows,
@@ -315,7 +340,9 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
             break  # offsets of rows, those in the padding too, are 32-bit integers
         if g.padded:
             input_rows = min(input_rows, g.H)
-        if (input_rows * g.W + block_rows * g.Q) * size > budget or row_items * column_items > MAX_DIVIDEND:
+        if (
+            _summed(g) * input_rows * g.W + block_rows * g.Q
+        ) * size > budget or row_items * column_items > MAX_DIVIDEND:
             break
         images = [i for i in _IMAGES if i <= g.N]
         for threads in _THREADS:
@@ -323,9 +350,9 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
             most = max(1, min(threads // (row_items * column_items), g.N * g.K)) if whole else 1
             for planes, block_images in product({-(-most // part) for part in (1, 2, 4)}, images):
                 block_planes = planes - planes % g.K if planes > g.K else planes
-                # Output planes that begin in the midst of an input plane's may need one input plane more.
-                input_planes = min(block_planes, (block_planes - 2) // g.multiplier + 2) if block_planes > 1 else 1
-                input_elements = (input_planes - 1) * g.H * g.W + input_rows * g.W + overhang
+                runs = _input_runs(g, block_planes)
+                run_planes = _input_planes(g, block_planes) // runs
+                run_elements = (run_planes - 1) * g.H * g.W + input_rows * g.W + overhang
                 output_elements = (block_planes - 1) * g.P * g.Q + block_rows * g.Q
                 tile = Tile(
                     patch=patch,
@@ -335,7 +362,7 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
                     row_items=row_items,
                     column_items=column_items,
                     threads=threads,
-                    input_bytes=run_bytes(input_elements * size),
+                    input_bytes=runs * run_bytes(run_elements * size),
                     output_bytes=run_bytes(output_elements * size),
                 )
                 if tile.shared_bytes <= budget:
