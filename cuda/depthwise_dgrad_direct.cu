@@ -4,6 +4,7 @@
 // It takes the addresses that depthwise_runs takes, the bias among them, which a gradient has not.
 //
 // Compile-time values: T; INDEX, the integer that counts elements: int where every tensor is below 2^31 of them.
+#include "direct.cuh"
 #include "numbers.cuh"
 
 using T = CUCONV_T;
@@ -28,26 +29,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     depthwise_dgrad_direct(const T* dy, const T* w, const T*, T* dx, const __grid_constant__ Parameters g) {
   const int64 position = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (position >= g.total_outputs) return;
-  const Index output = static_cast<Index>(position);
-  const int column = static_cast<int>(output % g.W);
-  const int row = static_cast<int>(output / g.W % g.H);
-  const Index plane = output / g.W / g.H;
-  const int c = static_cast<int>(plane % g.C);
-
+  const Element<Index> output(static_cast<Index>(position), g.C, g.H, g.W);
   Sum sum = 0;
   for (int m = 0; m < g.multiplier; ++m) {
-    const T* const source = dy + (static_cast<int64>(plane) * g.multiplier + m) * g.P * g.Q;
-    const T* weight = w + (static_cast<int64>(c) * g.multiplier + m) * g.R * g.S;
+    const T* const source = dy + (static_cast<int64>(output.plane) * g.multiplier + m) * g.P * g.Q;
+    const T* weight = w + (static_cast<int64>(output.channel) * g.multiplier + m) * g.R * g.S;
     for (int r = 0; r < g.R; ++r) {
       // The output row whose kernel row r falls on this row of x; a negative remainder is a remainder too.
-      const int p_stride = row + g.top - r * g.dilation_h;
+      const int p_stride = output.row + g.top - r * g.dilation_h;
       if (p_stride % g.stride_h != 0) {
         weight += g.S;
         continue;
       }
       const int p = p_stride / g.stride_h;
       for (int s = 0; s < g.S; ++s, ++weight) {
-        const int q_stride = column + g.left - s * g.dilation_w;
+        const int q_stride = output.column + g.left - s * g.dilation_w;
         if (q_stride % g.stride_w != 0) continue;
         const int q = q_stride / g.stride_w;
         const bool exists = p >= 0 && p < g.P && q >= 0 && q < g.Q;

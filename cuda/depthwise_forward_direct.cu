@@ -1,6 +1,7 @@
 // Depthwise convolution, forward, NCHW, one output a thread: every geometry, on every architecture from sm_75 up.
 //
 // Compile-time values: T; INDEX, the integer that counts elements: int where every tensor is below 2^31 of them.
+#include "direct.cuh"
 #include "numbers.cuh"
 
 using T = CUCONV_T;
@@ -21,20 +22,15 @@ extern "C" __global__ void __launch_bounds__(256)
     depthwise_forward_direct(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
   const int64 position = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (position >= g.total_outputs) return;
-  const Index output = static_cast<Index>(position);
-  const int q = static_cast<int>(output % g.Q);
-  const int p = static_cast<int>(output / g.Q % g.P);
-  const Index plane = output / g.Q / g.P;
-  const int k = static_cast<int>(plane % g.K);
-
-  const T* const source = x + static_cast<int64>(plane / g.multiplier) * g.H * g.W;
-  const T* weight = w + static_cast<int64>(k) * g.R * g.S;
-  Sum sum = bias == nullptr ? Sum(0) : widen(bias[k]);
+  const Element<Index> output(static_cast<Index>(position), g.K, g.P, g.Q);
+  const T* const source = x + static_cast<int64>(output.plane / g.multiplier) * g.H * g.W;
+  const T* weight = w + static_cast<int64>(output.channel) * g.R * g.S;
+  Sum sum = bias == nullptr ? Sum(0) : widen(bias[output.channel]);
   for (int r = 0; r < g.R; ++r) {
-    const int row = p * g.stride_h - g.top + r * g.dilation_h;
+    const int row = output.row * g.stride_h - g.top + r * g.dilation_h;
     const bool row_within = row >= 0 && row < g.H;
     for (int s = 0; s < g.S; ++s) {
-      const int column = q * g.stride_w - g.left + s * g.dilation_w;
+      const int column = output.column * g.stride_w - g.left + s * g.dilation_w;
       const bool tap_within = row_within && column >= 0 && column < g.W;
       const Sum value = tap_within ? widen(source[static_cast<int64>(row) * g.W + column]) : Sum(0);
       sum = fma(value, widen(*weight++), sum);
