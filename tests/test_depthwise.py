@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import oracle
 import pytest
@@ -38,14 +40,29 @@ GEOMETRIES = {
     "large_kernel": ((1, 2, 20, 35), (2, 1, 11, 31), (1, 1), ((5, 5), (15, 15)), (1, 1)),
 }
 
+# What strides and multipliers do to dx only: rows and columns that no dy reaches, a dy that covers x exactly, strides
+# along one axis and dilation along the other, or along one where the kernel is one element wide, sums of planes.
+DGRAD_GEOMETRIES = {
+    "3x2_stride_4_3": ((2, 3, 18, 16), (3, 1, 3, 2), (4, 3), ((0, 1), (1, 0)), (1, 1)),
+    "2x4_stride_2_4": ((2, 3, 12, 32), (3, 1, 2, 4), (2, 4), ((0, 0), (0, 0)), (1, 1)),
+    "3x3_stride_2_1_dilated_1_3": ((2, 2, 13, 21), (2, 1, 3, 3), (2, 1), ((1, 1), (3, 2)), (1, 3)),
+    "1x3_stride_2_dilated_3_1": ((2, 2, 9, 14), (2, 1, 1, 3), (2, 2), ((1, 0), (0, 1)), (3, 1)),
+    "5x5_stride_1_2": ((2, 3, 15, 40), (3, 1, 5, 5), (1, 2), ((2, 2), (2, 1)), (1, 1)),
+    "one_row_of_dy": ((2, 3, 5, 9), (3, 1, 2, 3), (7, 2), ((0, 0), (2, 3)), (1, 1)),
+    "more_padding_than_kernel": ((2, 3, 6, 11), (3, 1, 2, 3), (2, 3), ((5, 4), (7, 6)), (1, 1)),
+    "multiplier_2_stride_2": ((3, 4, 13, 10), (8, 1, 3, 3), (2, 2), ((1, 0), (1, 1)), (1, 1)),
+    "multiplier_3_dilated": ((2, 2, 9, 12), (6, 1, 3, 2), (1, 1), ((2, 1), (0, 3)), (2, 3)),
+    "multiplier_4_one_channel": ((3, 1, 20, 21), (4, 1, 3, 3), (1, 2), ((1, 1), (0, 1)), (1, 1)),
+}
+
 
 def variants(w_shape):
     return ("direct", "runs") if w_shape[2] * w_shape[3] <= runs.MAX_TAPS else ("direct",)
 
 
-def cases(dtypes):
+def cases(dtypes, geometries=GEOMETRIES):
     for dtype in dtypes:
-        for name, (x_shape, w_shape, *numbers) in GEOMETRIES.items():
+        for name, (x_shape, w_shape, *numbers) in geometries.items():
             for variant in variants(w_shape):
                 arguments = (x_shape, w_shape, dict(zip(("stride", "padding", "dilation"), numbers, strict=True)))
                 yield pytest.param(*arguments, dtype, variant, id=f"{name}-{dtype}-{variant}")
@@ -64,9 +81,10 @@ def test_every_variant_matches_float64(device, rng, x_shape, w_shape, numbers, d
 
 
 def dgrad_cases(dtypes):
-    for case in cases(dtypes):
-        _, w_shape, numbers, _, variant = case.values
-        if variant == "direct" or (numbers["stride"] == (1, 1) and w_shape[0] == case.values[0][1]):
+    for case in cases(dtypes, GEOMETRIES | DGRAD_GEOMETRIES):
+        _, (_, _, R, S), numbers, _, variant = case.values
+        axes = zip((R, S), numbers["stride"], numbers["dilation"], strict=True)
+        if variant == "direct" or all(1 in axis for axis in axes):
             yield case
 
 
@@ -80,6 +98,75 @@ def test_every_variant_of_dgrad_matches_float64(device, rng, x_shape, w_shape, n
     assert dx is out
     oracle.assert_dgrad_within_bound(device.host(dx), dy, w, **numbers)
     guards.assert_untouched()
+
+
+@pytest.mark.parametrize("stride", [(2, 3), (3, 2)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_dgrad_at_every_phase_of_a_stride(device, rng, dtype, stride):
+    """The padding says which rows and columns of x meet which taps, in turn."""
+    w = rng.standard_normal((2, 1, 3, 2)).astype(oracle.DTYPES[dtype])
+    for before in range(4):
+        numbers = {"stride": stride, "padding": ((before, 1), (3 - before, 2)), "dilation": (1, 1)}
+        x_shape = (2, 2, 19, 48)
+        dy = rng.standard_normal(oracle.convolve(np.zeros(x_shape), w, **numbers).shape).astype(w.dtype)
+        with plan.variant("runs"):
+            dx = cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), x_shape, **numbers)
+        oracle.assert_dgrad_within_bound(device.host(dx), dy, w, **numbers)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_dgrad_of_strides_at_every_width_and_every_offset(device, rng, variant):
+    w = rng.standard_normal((2, 1, 2, 3)).astype(np.float16)
+    numbers = {"stride": (1, 2), "padding": ((1, 0), (1, 1)), "dilation": (1, 1)}
+    for width in range(1, 41):
+        x_shape = (2, 2, 3, width)
+        dy = rng.standard_normal(oracle.convolve(np.zeros(x_shape), w, **numbers).shape).astype(w.dtype)
+        offset = width % 8
+        shifted = device.array(np.concatenate([np.zeros(offset, dy.dtype), dy.ravel()]))[offset:].reshape(dy.shape)
+        out, guards = device.guarded(x_shape, dy.dtype)
+        with plan.variant(variant):
+            cuconv.depthwise_conv2d_dgrad(shifted, device.array(w), x_shape, out=out, **numbers)
+        oracle.assert_dgrad_within_bound(device.host(out), dy, w, **numbers)
+        guards.assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kind_of_tile_of_dgrad(device, rng, dtype):
+    """Parts of planes, several planes, several images in turn, of a dy that is spread, summed or both."""
+    for x_shape, w_shape, numbers in (
+        ((5, 7, 14, 14), (7, 1, 3, 3), {"stride": (2, 2), "padding": ((1, 1), (1, 1))}),
+        ((4, 3, 37, 22), (6, 1, 2, 3), {"stride": (2, 1), "padding": ((1, 0), (2, 1))}),
+        ((4, 3, 25, 32), (9, 1, 3, 2), {"stride": (1, 3), "padding": ((2, 2), (0, 3))}),
+        ((3, 2, 40, 24), (2, 1, 4, 4), {"stride": (4, 4)}),
+    ):
+        g = cuconv.geometry.depthwise_geometry(x_shape, w_shape, **numbers)
+        dy, w = (rng.standard_normal(shape).astype(oracle.DTYPES[dtype]) for shape in (g.y_shape, w_shape))
+        as_forward, spread = runs.dgrad_as_forward(g)
+        kinds = {}
+        for patch in runs.patches(as_forward, dtype, True, spread):
+            for tile in runs.tiles(as_forward, dtype, patch, device.target.shared_per_block // 2):
+                kind = (patch.whole_rows, tile.block_planes > 1, tile.block_rows < g.H, tile.stages)
+                kinds.setdefault(kind, runs.tile_plan(as_forward, dtype, tile, turned=True))
+        assert len(kinds) >= 6
+        for chosen in kinds.values():
+            dx = device.launch(chosen, dy, w, None, x_shape)
+            oracle.assert_dgrad_within_bound(dx, dy, w, stride=g.stride, padding=g.padding)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_nan_of_dy_reaches_what_it_met_and_nothing_else(device, rng, variant):
+    for multiplier, stride in product((1, 2), ((1, 1), (2, 3))):
+        w = rng.standard_normal((3 * multiplier, 1, 2, 4)).astype(np.float32)
+        numbers = {"stride": stride, "padding": ((1, 0), (2, 1)), "dilation": (1, 1)}
+        x_shape = (2, 3, 14, 20)
+        dy = rng.standard_normal(oracle.convolve(np.zeros(x_shape), w, **numbers).shape).astype(np.float32)
+        for place in ((0, 0, 0, 0), (1, -1, -1, -1), (1, 0, 3, 4)):
+            dy[place] = np.nan
+        with plan.variant(variant):
+            dx = device.host(cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), x_shape, **numbers))
+        met = oracle.dgrad(np.isnan(dy), np.ones_like(w), x_shape, **numbers) > 0
+        np.testing.assert_array_equal(np.isnan(dx), met)
+        assert met.sum() > 8
 
 
 @pytest.mark.parametrize("variant", ["direct", "runs"])
@@ -108,6 +195,20 @@ def test_zeros_around_dy_take_part(device, variant):
     assert not np.isnan(expected[:, :, 1:, 1:4]).any()
 
 
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_what_no_dy_reaches_is_zero_and_meets_no_weight(device, variant):
+    """Between the rows and columns of a dy whose stride is beyond the kernel there is nothing, behind them zeros."""
+    dy, w = np.ones((1, 1, 2, 2), np.float32), np.full((1, 1, 2, 3), np.inf, np.float32)
+    x_shape, stride = (1, 1, 7, 12), (3, 5)
+    expected = np.full(x_shape, np.inf, np.float32)
+    expected[:, :, 6] = expected[..., 10:] = np.nan
+    expected[:, :, 2::3] = expected[..., 3:5] = expected[..., 8:10] = 0
+    np.testing.assert_array_equal(cuconv.depthwise_conv2d_dgrad(dy, w, x_shape, stride=stride), expected)
+    with plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), x_shape, stride=stride)
+    np.testing.assert_array_equal(device.host(dx), expected)
+
+
 def test_dgrad_refuses_what_does_not_fit(device):
     dy, w = device.array(np.ones((2, 3, 5, 6), np.float32)), device.array(np.ones((3, 1, 3, 3), np.float32))
     with pytest.raises(ValueError, match=r"dy must have shape \(2, 3, 4, 6\).*\(2, 3, 5, 6\)"):
@@ -120,8 +221,8 @@ def test_dgrad_refuses_what_does_not_fit(device):
         cuconv.depthwise_conv2d_dgrad(dy, w.astype(np.float64), (2, 3, 7, 8))
     with pytest.raises(ValueError, match=r"out must not overlap another array.*dy"):
         cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 5, 6), padding=1, out=dy)
-    with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs.*stride 1.*\(2, 2\)"):
-        cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 11, 13), stride=2)
+    with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs.*stride 1 or dilation 1.*\(1, 2\)"):
+        cuconv.depthwise_conv2d_dgrad(dy, w, (2, 3, 7, 15), stride=(1, 2), dilation=(1, 2))
     empty = cuconv.depthwise_conv2d_dgrad(dy[:0], w, (0, 3, 7, 8))
     assert empty.shape == (0, 3, 7, 8)
 
