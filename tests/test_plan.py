@@ -71,9 +71,12 @@ def test_every_plan_covers_the_output_and_fits_the_device(
         g = geometry(shape, (shape[1] * multiplier, 1, *kernel), stride=stride, dilation=dilation, padding=padding)
     except ValueError:
         return  # a kernel larger than its input
-    for variant in plan.VARIANTS:
+    forward = ((g.H, g.W), (g.P, g.Q), g.K, g.y_size)
+    dgrad = ((g.P, g.Q), (g.H, g.W), g.C, g.x_size)
+    for (make, sizes), variant in product(zip(PASSES, (forward, dgrad), strict=True), plan.VARIANTS):
+        (_, width), (rows, columns), channels, outputs = sizes
         try:
-            chosen = plan.depthwise_forward(g, dtype, target, variant)
+            chosen = make(g, dtype, target, variant)
         except plan.Unsuitable:
             continue
         values, defines = dict(chosen.parameters), dict(chosen.defines)
@@ -83,22 +86,42 @@ def test_every_plan_covers_the_output_and_fits_the_device(
         struct = chosen.parameter_struct()
         assert all(struct[name] == value for name, value in chosen.parameters)
         if variant == "direct":
-            assert (chosen.grid[0] - 1) * chosen.block < g.y_size <= chosen.grid[0] * chosen.block
+            assert (chosen.grid[0] - 1) * chosen.block < outputs <= chosen.grid[0] * chosen.block
             continue
         # Every row, plane and image has one block.
-        assert chosen.grid[0] * values["block_rows"] >= g.P > (chosen.grid[0] - 1) * values["block_rows"]
-        assert chosen.grid[1] * values["block_planes"] >= values["image_planes"]
+        block_rows, block_planes = values["block_rows"], values["block_planes"]
+        assert chosen.grid[0] * block_rows >= rows > (chosen.grid[0] - 1) * block_rows
+        assert chosen.grid[1] * block_planes >= values["image_planes"]
         assert chosen.grid[2] * values["block_images"] >= values["images"]
-        assert (values["images"] - 1) * values["image_planes"] + values["last_image_planes"] == g.N * g.K
+        assert (values["images"] - 1) * values["image_planes"] + values["last_image_planes"] == g.N * channels
         assert 0 < values["last_image_planes"] <= values["image_planes"]
-        assert values["image_planes"] % g.K == 0
+        assert values["image_planes"] % channels == 0
         # Every output of a block is in one patch; of several planes, every one has threads of its own.
-        rows = defines["ROWS"] * values["row_items"]
-        assert rows >= values["block_rows"]
-        assert defines["COLUMNS"] * values["column_items"] >= g.Q
+        assert defines["ROWS"] * values["row_items"] >= block_rows
+        assert defines["COLUMNS"] * values["column_items"] >= columns
         items = values["row_items"] * values["column_items"]
-        assert values["block_planes"] == 1 or values["block_planes"] * items <= chosen.block
-        assert values["block_planes"] == 1 or values["block_rows"] == g.P
+        assert block_planes == 1 or block_planes * items <= chosen.block
+        assert block_planes == 1 or block_rows == rows
+        # A spread has the same phase in every patch, or there is only one.
+        for extent, patch, by in ((rows, "ROWS", "SPREAD_H"), (columns, "COLUMNS", "SPREAD_W")):
+            assert defines[patch] % defines[by] == 0 or defines[patch] >= extent
+        # The rows that a block needs fit its run.
+        for first in range(0, rows, block_rows):
+            needed = rows_needed(make, g, first, min(rows, first + block_rows))
+            assert block_planes > 1 or len(needed) * width * plan.DTYPES[dtype][1] + 16 <= values["run_bytes"]
+
+
+def rows_needed(make, g, first, end):
+    """The rows of x, for dgrad of dy, of which the output rows from first on are made, and those between them."""
+    (top, _), stride, dilation = g.padding[0], g.stride[0], g.dilation[0]
+    if make is plan.depthwise_forward:
+        needed = {p * stride - top + r * dilation for p in (first, end - 1) for r in (0, g.R - 1)}
+        needed = {min(max(row, 0), g.H - 1) for row in needed}
+    else:
+        met = product(range(first, end), range(g.R))
+        over = [h + top - r * dilation for h, r in met]
+        needed = {p // stride for p in over if p % stride == 0 and 0 <= p // stride < g.P}
+    return range(min(needed), max(needed) + 1) if needed else range(0)
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 63, 1000, 2**15 - 1])
@@ -121,25 +144,33 @@ def test_a_grid_beyond_the_hardware_is_refused():
         plan.depthwise_forward(g, "float16", T4)
 
 
-def test_the_number_of_variants_is_bounded():
+@pytest.mark.parametrize("make", PASSES)
+def test_the_number_of_variants_is_bounded(make):
     """Compile-time values come from small sets, whatever the shapes, so that a program compiles a bounded number."""
     rng = np.random.default_rng(7)
     seen = {}
-    for padding, stride, dilation in product((0, 1, 9), (1, 2, 3), (1, 2)):
+    strides = (1, 2, 3)
+    for padding, stride, dilation in product((0, 1, 9), strides, (1, 2)):
         for _ in range(40):
             n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
             g = geometry((n, c, h + 5, w + 5), (c, 1, 3, 3), padding=padding, stride=stride, dilation=dilation)
-            for name, value in plan.depthwise_forward(g, "float32", H200).defines:
+            for name, value in make(g, "float32", H200).defines:
                 seen.setdefault(name, set()).add(value)
     choices = {name: len(values) for name, values in seen.items()}
-    assert choices.pop("ROWS") <= len(runs._ROWS)
+    # Where dy is spread, patches have whole spreads.
+    spreads = len(strides) if make is plan.depthwise_dgrad else 1
+    for name in ("SPREAD_H", "SPREAD_W", "FIRST_H", "FIRST_W"):
+        assert choices.pop(name) <= spreads
+    assert seen["ROWS"] <= {*runs._ROWS, 2 * 3, 3}
+    choices.pop("ROWS")
     # A number of columns, and with it the padding and W, comes from the shape where a patch spans a narrow row.
-    assert choices.pop("COLUMNS") <= len(runs._COLUMNS) + runs._MAX_WIDTH
+    assert choices.pop("COLUMNS") <= spreads * len(runs._COLUMNS) + runs._MAX_WIDTH
     assert choices.pop("WIDTH") <= 2 * runs._MAX_WIDTH + 1
     assert choices.pop("THREADS") <= len(runs._THREADS)
     assert choices.pop("VECTOR") <= 3
     assert choices.pop("OUT_VECTOR") <= 3
     assert choices.pop("LEFT") <= 10
+    assert choices.pop("INDEX", 1) == 1  # dgrad of strides and dilations is direct
     assert all(count <= 2 for count in choices.values()), choices
 
 
@@ -164,9 +195,10 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
 
 def test_dgrad_is_a_turned_forward_convolution_at_stride_1():
     g = geometry((2, 3, 9, 12), (3, 1, 3, 2), padding=((0, 1), (3, 0)), dilation=(2, 1))
-    turned = runs.dgrad_as_forward(g)
+    turned, spread = runs.dgrad_as_forward(g)
     assert (turned.x_shape, turned.y_shape) == (g.y_shape, g.x_shape)
     assert turned.padding == ((4, 3), (-2, 1))
+    assert spread == runs.Spread()
     # The shapes follow from the paddings, negative ones too.
     assert turned.P == turned.H + 4 + 3 - 2 * (3 - 1)
     assert turned.Q == turned.W - 2 + 1 - (2 - 1)
@@ -175,13 +207,47 @@ def test_dgrad_is_a_turned_forward_convolution_at_stride_1():
     assert dict(chosen.defines)["TURNED"] == 1
 
 
-def test_dgrad_of_strides_and_multipliers_is_direct():
-    strided = geometry((2, 3, 9, 12), (3, 1, 3, 2), stride=(1, 2))
-    multiplied = geometry((2, 3, 9, 12), (6, 1, 3, 2))
-    for g in (strided, multiplied):
-        assert plan.depthwise_dgrad(g, "float32", H200).source == "depthwise_dgrad_direct"
-        with pytest.raises(plan.Unsuitable, match="stride 1 and multiplier 1"):
-            plan.depthwise_dgrad(g, "float32", H200, "runs")
+def test_dgrad_of_strides_is_a_convolution_of_a_spread_dy():
+    # Of the kernel turned around, tap 1 brings row 0 of dy to row 0 of x, and tap 0 column 0 to column 0. To row 9 of x,
+    # its last, tap 2 would bring row 5 of dy, which has 5 rows.
+    g = geometry((2, 3, 10, 14), (3, 1, 3, 4), stride=(2, 3), padding=((1, 0), (3, 2)))
+    turned, spread = runs.dgrad_as_forward(g)
+    assert (turned.x_shape, turned.y_shape, turned.stride) == (g.y_shape, g.x_shape, (1, 1))
+    assert spread == runs.Spread(by=(2, 3), first=(1, 0))
+    assert turned.padding == ((0, 1), (0, 0))
+    for dtype in plan.DTYPES:
+        assert plan.depthwise_dgrad(g, dtype, H200).source == "depthwise_runs"
+    # A kernel as large as the stride covers x once, so that nothing is outside of dy.
+    exact, _ = runs.dgrad_as_forward(geometry((2, 3, 10, 15), (3, 1, 2, 3), stride=(2, 3)))
+    assert not exact.padded
+    # What dy does not reach is outside of it.
+    unreached, _ = runs.dgrad_as_forward(geometry((2, 3, 11, 16), (3, 1, 2, 3), stride=(2, 3)))
+    assert unreached.padding == ((0, 1), (0, 1))
+
+
+def test_dgrad_of_multipliers_is_a_sum_over_planes():
+    g = geometry((2, 3, 9, 12), (6, 1, 3, 2), stride=(1, 2))
+    values = dict(plan.depthwise_dgrad(g, "float32", H200, "runs").parameters)
+    turned, _ = runs.dgrad_as_forward(g)
+    assert (turned.x_shape, turned.y_shape) == (g.y_shape, g.x_shape)
+    assert (values["multiplier"], values["K"]) == (2, 3)
+    # Of planes in pieces, every summand is a run of its own.
+    large = geometry((2, 3, 512, 512), (6, 1, 3, 3))
+    values = dict(plan.depthwise_dgrad(large, "float32", H200).parameters)
+    assert values["block_planes"] == 1
+    assert values["input_bytes"] == 2 * values["run_bytes"]
+
+
+def test_dgrad_of_strides_and_dilations_along_one_axis_is_direct():
+    both = geometry((2, 3, 9, 12), (3, 1, 3, 2), stride=(1, 2), dilation=(1, 3))
+    assert plan.depthwise_dgrad(both, "float32", H200).source == "depthwise_dgrad_direct"
+    with pytest.raises(plan.Unsuitable, match="stride 1 or dilation 1"):
+        plan.depthwise_dgrad(both, "float32", H200, "runs")
+    apart = geometry((2, 3, 9, 12), (3, 1, 3, 2), stride=(1, 2), dilation=(3, 1))
+    # A kernel one element wide has nothing to dilate.
+    narrow = geometry((2, 3, 9, 12), (3, 1, 3, 1), stride=(1, 2), dilation=(3, 3))
+    for g in (apart, narrow):
+        assert plan.depthwise_dgrad(g, "float32", H200).source == "depthwise_runs"
 
 
 def test_planning_imports_no_cupy():
