@@ -81,7 +81,7 @@ struct Parameters {
   int block_planes;                // output planes of a block in one image; 1 unless they are whole
   int block_rows;                  // output rows of a block
   int block_images;                // images that a block works on in turn
-  int run_bytes;                   // shared bytes of one run of x: a part of an output plane that is a sum has several
+  int addend;                      // shared elements from one input plane to the next of those that are summed
   int input_bytes, output_bytes;   // shared bytes of one image's runs
 };
 
@@ -207,12 +207,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int runs = kSummed && !whole ? summed : 1;
   const auto load = [&](int turn) {
     const int others = input_plane_of(k0 + planes_of(turn) - 1, g) - c0 + (summed - runs);
-    for (int m = 0; m < runs; ++m) {
-      const Run<const T> run(x_run + turn * input_image + m * input_plane,
-                             static_cast<int>(others * input_plane) + (high - low) * g.W,
-                             shared + turn % kStages * g.input_bytes + m * g.run_bytes);
-      load_run(run, &full[turn % kStages], thread);
-    }
+    const T* const start = x_run + turn * input_image;
+    T* const copy = run_in_shared(start, shared + turn % kStages * g.input_bytes);
+    const int count = static_cast<int>(others * input_plane) + (high - low) * g.W;
+    for (int m = 0; m < runs; ++m)
+      load_run(Run<const T>(start + m * input_plane, count, copy + m * g.addend), &full[turn % kStages], thread);
   };
 
   if (thread < kWarp) {
@@ -270,10 +269,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
           for (int m = 0; m < summed; ++m) {
             load_weights(w, static_cast<int64>(channel) * summed + m, weight);
-            const T* const addend = whole ? input + m * static_cast<int>(input_plane)
-                                          : run_in_shared(x_run + turn * input_image + m * input_plane,
-                                                          shared + turn % kStages * g.input_bytes + m * g.run_bytes);
-            convolve(g, addend + first_tap, row, column, weight, sum);
+            convolve(g, input + first_tap + m * g.addend, row, column, weight, sum);
           }
         } else {
           convolve(g, input + first_tap, row, column, weight, sum);

@@ -24,7 +24,8 @@ __device__ __forceinline__ typename MutableOf<T>::type* run_in_shared(T* global,
   return reinterpret_cast<typename MutableOf<T>::type*>(buffer + reinterpret_cast<uint64>(global) % kBulkAlignment);
 }
 
-// A run at `global` and the place of its copy in a shared buffer, which needs kBulkAlignment bytes more than the run.
+// A run at `global` and the place of its copy in a shared buffer, which needs kBulkAlignment bytes more than the run; or
+// the place itself, as far from a boundary as the run.
 template <class T>
 struct Run {
   static constexpr int kPerVector = kBulkAlignment / static_cast<int>(sizeof(T));
@@ -39,9 +40,12 @@ struct Run {
   int head;    // elements before the first boundary
   int middle;  // elements between boundaries
 
-  __device__ __forceinline__ Run(T* start, int elements, unsigned char* buffer) : global(start), count(elements) {
+  __device__ __forceinline__ Run(T* start, int elements, unsigned char* buffer)
+      : Run(start, elements, run_in_shared(start, buffer)) {}
+
+  __device__ __forceinline__ Run(T* start, int elements, Element* copy)
+      : global(start), shared(copy), count(elements) {
     const int offset = static_cast<int>(reinterpret_cast<uint64>(start) % kBulkAlignment);
-    shared = run_in_shared(start, buffer);
     head = min(count, (kBulkAlignment - offset) % kBulkAlignment / static_cast<int>(sizeof(T)));
     middle = (count - head) / kPerVector * kPerVector;
   }

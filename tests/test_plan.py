@@ -108,7 +108,11 @@ def test_every_plan_covers_the_output_and_fits_the_device(
         # The rows that a block needs fit its run.
         for first in range(0, rows, block_rows):
             needed = rows_needed(make, g, first, min(rows, first + block_rows))
-            assert block_planes > 1 or len(needed) * width * plan.DTYPES[dtype][1] + 16 <= values["run_bytes"]
+            summands = values["multiplier"] if defines["SUMMED"] else 1
+            elements = len(needed) * width
+            assert block_planes > 1 or summands == 1 or elements <= values["addend"]
+            elements += (summands - 1) * values["addend"]
+            assert block_planes > 1 or elements * plan.DTYPES[dtype][1] + 16 <= values["input_bytes"]
 
 
 def rows_needed(make, g, first, end):
@@ -208,8 +212,8 @@ def test_dgrad_is_a_turned_forward_convolution_at_stride_1():
 
 
 def test_dgrad_of_strides_is_a_convolution_of_a_spread_dy():
-    # Of the kernel turned around, tap 1 brings row 0 of dy to row 0 of x, and tap 0 column 0 to column 0. To row 9 of x,
-    # its last, tap 2 would bring row 5 of dy, which has 5 rows.
+    # Of the kernel turned around, tap 1 brings row 0 of dy to row 0 of x, and tap 0 column 0 to column 0. To row 9 of
+    # x, its last, tap 2 would bring row 5 of dy, which has 5 rows.
     g = geometry((2, 3, 10, 14), (3, 1, 3, 4), stride=(2, 3), padding=((1, 0), (3, 2)))
     turned, spread = runs.dgrad_as_forward(g)
     assert (turned.x_shape, turned.y_shape, turned.stride) == (g.y_shape, g.x_shape, (1, 1))
@@ -231,11 +235,12 @@ def test_dgrad_of_multipliers_is_a_sum_over_planes():
     turned, _ = runs.dgrad_as_forward(g)
     assert (turned.x_shape, turned.y_shape) == (g.y_shape, g.x_shape)
     assert (values["multiplier"], values["K"]) == (2, 3)
-    # Of planes in pieces, every summand is a run of its own.
-    large = geometry((2, 3, 512, 512), (6, 1, 3, 3))
+    # Of planes in pieces, every summand is a run of its own, as far from a boundary of 16 bytes as in dy.
+    large = geometry((2, 3, 512, 512), (6, 1, 4, 4))
     values = dict(plan.depthwise_dgrad(large, "float32", H200).parameters)
-    assert values["block_planes"] == 1
-    assert values["input_bytes"] == 2 * values["run_bytes"]
+    assert values["block_rows"] < large.H
+    assert values["addend"] < large.P * large.Q
+    assert (large.P * large.Q - values["addend"]) % 4 == 0
 
 
 def test_dgrad_of_strides_and_dilations_along_one_axis_is_direct():

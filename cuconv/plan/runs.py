@@ -83,6 +83,7 @@ class Tile:
     row_items: int
     column_items: int
     threads: int
+    addend: int  # elements of shared memory from one input plane to the next of those that are summed
     input_bytes: int  # of one image
     output_bytes: int
 
@@ -208,7 +209,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("block_planes", tile.block_planes),
             ("block_rows", tile.block_rows),
             ("block_images", tile.block_images),
-            ("run_bytes", tile.input_bytes // _input_runs(g, tile.block_planes)),
+            ("addend", tile.addend),
             ("input_bytes", tile.input_bytes),
             ("output_bytes", tile.output_bytes),
         ),
@@ -218,11 +219,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
 def _summed(g: Conv2dGeometry) -> int:
     """Of how many input planes an output plane is the sum."""
     return max(1, g.C // g.K)
-
-
-def _input_runs(g: Conv2dGeometry, block_planes: int) -> int:
-    """How many runs of x a block takes of an image: planes that are summed are one run where they are whole."""
-    return 1 if block_planes > 1 else _summed(g)
 
 
 def _input_planes(g: Conv2dGeometry, planes: int) -> int:
@@ -253,6 +249,7 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
     of_x, of_y = (math.gcd(extent, widest) for extent in (g.W, g.Q))
     # Of a spread x, every patch has whole spreads.
     (by_h, by_w), (first_h, first_w) = spread.by, spread.first
+    summed = _summed(g)
     columns_choices = [by_w * c for c in _COLUMNS if c == 1 or (stride[1] <= 2 and (by_w * c - 1) * spacing[1] < g.Q)]
     if not dilated and by_w <= g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
@@ -276,7 +273,6 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             continue
         # Of one row: loads, what they are where they fall outside, conversions, the bounds.
         row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
-        summed = _summed(g)
         if summed > 1:
             row_slots = summed * (row_slots + 2 * g.R * g.S / span_rows)  # the weights of every channel, once a patch
         stores = (1 + size / 4 if size < 4 else 1) * columns / out_vector + (columns if size == 2 else 0) + 2
@@ -319,6 +315,7 @@ def bank_passes(apart: int, width: int) -> float:
 def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[Tile]:
     """The tiles of a patch that fit `budget` bytes of shared memory."""
     size = DTYPES[dtype][1]
+    summed = _summed(g)
     reach = [(kernel - 1) * dilation + 1 for kernel, dilation in zip((g.R, g.S), g.dilation, strict=True)]
     (by_h, by_w), (first_h, first_w) = patch.spread.by, patch.spread.first
     # Rows and columns that are patched together: a patch for each of `spacing` beginnings.
@@ -340,9 +337,8 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
             break  # offsets of rows, those in the padding too, are 32-bit integers
         if g.padded:
             input_rows = min(input_rows, g.H)
-        if (
-            _summed(g) * input_rows * g.W + block_rows * g.Q
-        ) * size > budget or row_items * column_items > MAX_DIVIDEND:
+        elements = summed * input_rows * g.W + block_rows * g.Q
+        if elements * size > budget or row_items * column_items > MAX_DIVIDEND:
             break
         images = [i for i in _IMAGES if i <= g.N]
         for threads in _THREADS:
@@ -350,9 +346,13 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
             most = max(1, min(threads // (row_items * column_items), g.N * g.K)) if whole else 1
             for planes, block_images in product({-(-most // part) for part in (1, 2, 4)}, images):
                 block_planes = planes - planes % g.K if planes > g.K else planes
-                runs = _input_runs(g, block_planes)
-                run_planes = _input_planes(g, block_planes) // runs
-                run_elements = (run_planes - 1) * g.H * g.W + input_rows * g.W + overhang
+                addend = g.H * g.W
+                if block_planes == 1 and summed > 1:
+                    # Every one of them is a run, and must lie as far from a boundary of the copy engine as in x.
+                    addend = input_rows * g.W + (addend - input_rows * g.W) % (VECTOR_BYTES // size)
+                input_planes = _input_planes(g, block_planes)
+                input_elements = (input_planes - summed) * g.H * g.W + (summed - 1) * addend
+                input_elements += input_rows * g.W + overhang
                 output_elements = (block_planes - 1) * g.P * g.Q + block_rows * g.Q
                 tile = Tile(
                     patch=patch,
@@ -362,7 +362,8 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
                     row_items=row_items,
                     column_items=column_items,
                     threads=threads,
-                    input_bytes=runs * run_bytes(run_elements * size),
+                    addend=addend,
+                    input_bytes=run_bytes(input_elements * size),
                     output_bytes=run_bytes(output_elements * size),
                 )
                 if tile.shared_bytes <= budget:
