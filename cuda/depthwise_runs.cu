@@ -1,5 +1,5 @@
-// Depthwise convolution, NCHW, by runs (sm_90 and newer): forward, and the gradient of the input, which is the convolution
-// of dy, spread by the stride, with the kernel turned around. The names are the forward pass's.
+// Depthwise convolution, NCHW, by runs (sm_90 and newer): forward, and the gradient of the input, which is the
+// convolution of dy, spread by the stride, with the kernel turned around. The names are the forward pass's.
 //
 // A block owns a run of the output: some rows of one plane, or some whole neighbouring planes. The input rows that it
 // needs, halo included and full width, are a run too. One bulk copy brings it, lanes take columns and slide down the
@@ -7,20 +7,21 @@
 // weights then stay in registers, and the next image is on its way while this one is worked on.
 //
 // Compile-time values: T; R, S; PADDED (a tap may fall outside x); TURNED (the kernel, both ways); MULTIPLIED (several
-// output channels an input channel); SUMMED (an output channel is the sum over several input channels, each with weights
-// of its own); THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its patch); STRIDE_H,
-// STRIDE_W (of the patch, see below); SPREAD_H, SPREAD_W, FIRST_H, FIRST_W (see below); DILATED; VECTOR, OUT_VECTOR
-// (elements of one load and one store of shared memory: they divide W and Q, and runs start at multiples of them); LEFT
-// (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what falls outside
-// is known at compile time, and LEFT is the padding itself; 0 elsewhere).
+// output channels an input channel); SUMMED (an output channel is the sum over several input channels, each with
+// weights of its own); THREADS; STAGES (images under way at once); ROWS, COLUMNS (outputs of a thread, its patch);
+// STRIDE_H, STRIDE_W (of the patch, see below); SPREAD_H, SPREAD_W, FIRST_H, FIRST_W (see below); DILATED; VECTOR,
+// OUT_VECTOR (elements of one load and one store of shared memory: they divide W and Q, and runs start at multiples of
+// them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what
+// falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere).
 //
 // Spread: x's rows are SPREAD_H apart, as if there were SPREAD_H - 1 rows between any two, which no tap meets. Patches
-// start at multiples of SPREAD_H, so that in each of them the first row of x is met by tap FIRST_H of the first output, or
-// would be if the kernel were so high, and what meets what is known at compile time. `top` counts rows of x, rounded
+// start at multiples of SPREAD_H, so that in each of them the first row of x is met by tap FIRST_H of the first output,
+// or would be if the kernel were so high, and what meets what is known at compile time. `top` counts rows of x, rounded
 // down. Columns likewise. An axis is spread or has strides and dilations, not both.
 //
-// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows so
-// far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise.
+// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows
+// so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns
+// likewise.
 #include "numbers.cuh"
 #include "runs.cuh"
 
@@ -62,7 +63,7 @@ static_assert(!kDilated || (kVector == 1 && kOutVector == 1 && kWidth == 0), "di
 static_assert(kFirstH < kSpreadH && kFirstW < kSpreadW && kSpanH > 0 && kSpanW > 0, "a patch meets some of x");
 static_assert((kSpreadH == 1 || kStrideH == 1) && (kSpreadW == 1 || kStrideW == 1), "an axis has one of the two");
 static_assert(kWidth || kColumns % kSpreadW == 0, "every patch starts at the same place between two columns");
-static_assert(kWidth || kColumns / kSpreadW * kStrideW % kVector == 0, "every patch starts at the same place of a vector");
+static_assert(kWidth || kColumns / kSpreadW * kStrideW % kVector == 0, "every patch starts at one place of a vector");
 static_assert(kWidth % kVector == 0 && kColumns % kOutVector == 0, "rows and patches are whole vectors");
 
 struct Parameters {
@@ -180,8 +181,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int first_image = static_cast<int>(blockIdx.z) * g.block_images;
   const int images = min(g.block_images, g.images - first_image);
 
-  // The output rows [p0, p0 + rows) of planes [k0, k0 + planes) of every image need the input rows [low, high) of planes
-  // from c0 on, where they exist.
+  // The output rows [p0, p0 + rows) of planes [k0, k0 + planes) of every image need the input rows [low, high) of
+  // planes from c0 on, where they exist.
   const int p0 = static_cast<int>(blockIdx.x) * g.block_rows;
   const int rows = min(g.block_rows, g.P - p0);
   const int k0 = static_cast<int>(blockIdx.y) * g.block_planes;

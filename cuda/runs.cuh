@@ -24,8 +24,8 @@ __device__ __forceinline__ typename MutableOf<T>::type* run_in_shared(T* global,
   return reinterpret_cast<typename MutableOf<T>::type*>(buffer + reinterpret_cast<uint64>(global) % kBulkAlignment);
 }
 
-// A run at `global` and the place of its copy in a shared buffer, which needs kBulkAlignment bytes more than the run; or
-// the place itself, as far from a boundary as the run.
+// A run at `global`, and its copy: in a shared buffer, which needs kBulkAlignment bytes more than the run, or at a place
+// that lies as far from a boundary as the run.
 template <class T>
 struct Run {
   static constexpr int kPerVector = kBulkAlignment / static_cast<int>(sizeof(T));
