@@ -11,13 +11,13 @@ constexpr int kWarp = 32;
 constexpr int kParts = 8;
 
 struct Parameters {
-  int taps;     // of a channel
-  int entries;  // of a channel: its taps, and one more where there is a dbias
+  int K;
+  int taps;  // of a channel
   int slabs;
-  int64 total_entries;
+  int64 total_entries;  // of a slab: K times the taps, and one more where there is a dbias
 };
 
-// partials (slabs, K, entries), dw (K, taps), dbias (K) where entries are more than taps.
+// partials (slabs, taps, K) with one more beside the taps for dbias; dw (K, taps), dbias (K).
 extern "C" __global__ void __launch_bounds__(kWarp* kParts)
     depthwise_wgrad_reduce(const Sum* partials, T* dw, T* dbias, const __grid_constant__ Parameters g) {
   __shared__ Sum sums[kParts][kWarp];
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(kWarp* kParts)
   if (part > 0 || entry >= g.total_entries) return;
 #pragma unroll
   for (int other = 1; other < kParts; ++other) sum += sums[other][lane];
-  const int64 k = entry / g.entries;
-  const int tap = static_cast<int>(entry - k * g.entries);
+  const int64 tap = entry / g.K;
+  const int64 k = entry - tap * g.K;
   (tap < g.taps ? dw[k * g.taps + tap] : dbias[k]) = narrow<T>(sum);
 }

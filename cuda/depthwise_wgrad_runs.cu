@@ -57,6 +57,7 @@ struct Parameters {
   int row_items, column_items;     // patches of a unit in one plane
   uint32 items_magic, column_items_magic, spacing_h_magic, spacing_w_magic;  // see divide
   int block_planes;                // planes of dy of a block; 1 unless they are whole
+  uint32 block_planes_magic;
   int block_rows;                  // rows of dy of a unit
   int row_units;                   // units of a plane
   int units;                       // of all images
@@ -267,6 +268,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
 
+  const auto deliver = [&](int of_plane, int tap, Sum total) {
+    const int64 k = k0 + of_plane;
+    if (!kFinal) {
+      partials[(static_cast<int64>(blockIdx.x) * kEntries + tap) * g.K + k] = total;
+    } else if (tap < kR * kS) {
+      dw[k * (kR * kS) + tap] = narrow<T>(total);
+    } else {
+      dbias[k] = narrow<T>(total);
+    }
+  };
+  if (plane_threads == 1) {
+    if (plane >= planes) return;
+#pragma unroll
+    for (int r = 0; r < kR; ++r)
+#pragma unroll
+      for (int s = 0; s < kS; ++s) deliver(plane, r * kS + s, sum[r][s]);
+    if (kBias) deliver(plane, kR * kS, bias_sum);
+    return;
+  }
   // All loads have landed and been read: their memory is free for the sums of every thread.
   Sum* const sums = reinterpret_cast<Sum*>(shared);
 #pragma unroll
@@ -275,19 +295,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int s = 0; s < kS; ++s) sums[(r * kS + s) * kThreads + thread] = sum[r][s];
   if (kBias) sums[kR * kS * kThreads + thread] = bias_sum;
   __syncthreads();
-  for (int entry = thread; entry < planes * kEntries; entry += kThreads) {
-    const int tap = entry / planes;
-    const int of_plane = entry - tap * planes;
+  for (int entry = thread; entry < g.block_planes * kEntries; entry += kThreads) {
+    const int tap = divide(entry, g.block_planes_magic);
+    const int of_plane = entry - tap * g.block_planes;
     const Sum* const terms = sums + tap * kThreads + of_plane * plane_threads;
     Sum total = 0;
     for (int i = 0; i < plane_threads; ++i) total += terms[i];
-    const int64 k = k0 + of_plane;
-    if (!kFinal) {
-      partials[(static_cast<int64>(blockIdx.x) * g.K + k) * kEntries + tap] = total;
-    } else if (tap < kR * kS) {
-      dw[k * (kR * kS) + tap] = narrow<T>(total);
-    } else {
-      dbias[k] = narrow<T>(total);
-    }
+    if (of_plane < planes) deliver(of_plane, tap, total);
   }
 }

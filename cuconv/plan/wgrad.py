@@ -76,7 +76,7 @@ def _with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bo
         grid=(-(-total // _REDUCE_RESULTS), 1, 1),
         block=_REDUCE_THREADS,
         shared_bytes=0,
-        parameters=(("taps", taps), ("entries", taps + bias), ("slabs", slabs), ("total_entries", total)),
+        parameters=(("K", g.K), ("taps", taps), ("slabs", slabs), ("total_entries", total)),
     )
     return WgradPlan(sums, reduce, slabs * total * _sum_bytes(dtype))
 
@@ -194,6 +194,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("spacing_h_magic", magic(patch.spacing[0])),
             ("spacing_w_magic", magic(patch.spacing[1])),
             ("block_planes", tile.block_planes),
+            ("block_planes_magic", magic(tile.block_planes)),
             ("block_rows", tile.block_rows),
             ("row_units", row_units),
             ("units", units),
@@ -224,7 +225,9 @@ def _patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
     columns_choices = [c for c in _COLUMNS if c == 1 or (stride[1] <= 2 and (c - 1) * spacing[1] < g.Q)]
     # One that ends where dy does, and a power of two: the others would only take longer to choose among.
     fitting = [c for c in columns_choices if g.Q % (c * spacing[1]) == 0][:2]
-    columns_choices = [c for c in columns_choices if c in fitting or c in (4, 2, 1)]
+    # Odd numbers of columns keep the lanes of scalar loads apart in the banks of shared memory.
+    usual = (4, 2, 1) if of_x > 1 or dilated else (7, 5, 3, 4, 2, 1)
+    columns_choices = [c for c in columns_choices if c in fitting or c in usual]
     if not dilated and g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
     rows_choices = [r for r in _ROWS if r == 1 or stride[0] <= 2]
