@@ -88,6 +88,38 @@ __device__ __forceinline__ uint32 floats_to_bfloat16_pair(float lower, float upp
 #endif
 }
 
+#if __CUDA_ARCH__ >= 800
+
+// Four 8x8 matrices of 16-bit elements from shared memory, by all lanes of a warp. Lanes 8m to 8m + 7 give the addresses
+// of the rows of matrix m, 16 bytes each and aligned to as many; lane l gets elements 2 (l % 4) and the next of row l / 4
+// of matrix m in piece[m].
+__device__ __forceinline__ void load_matrices(const void* row, uint32 (&piece)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece[0]), "=r"(piece[1]), "=r"(piece[2]), "=r"(piece[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// sum += a b by all lanes of a warp, a of 16 rows and 16 columns, b of 16 and 8; sums in float32. Lane l = 4 i + j has
+//   of a    rows i and i + 8 of columns 2j, 2j + 1 in a[0] and a[1], of columns 2j + 8, 2j + 9 in a[2] and a[3],
+//   of b    rows 2j, 2j + 1 of column i in b[0], rows 2j + 8, 2j + 9 in b[1],
+//   of sum  columns 2j, 2j + 1 of row i in sum[0] and sum[1], of row i + 8 in sum[2] and sum[3].
+__device__ __forceinline__ void multiply_halves(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void multiply_bfloat16s(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#endif  // sm_80
+
 #if __CUDA_ARCH__ >= 900
 
 // Makes a barrier that completes a phase after `arrivals` arrivals and the bytes that they announced, and shows it to

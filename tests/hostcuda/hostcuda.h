@@ -169,6 +169,55 @@ inline uint32 floats_to_bfloat16_pair(float lower, float upper) {
   return float_to_bfloat16(lower) | uint32(float_to_bfloat16(upper)) << 16;
 }
 
+#if __CUDA_ARCH__ >= 800
+
+// All lanes of the warp show each other a variable of theirs, which each reads through `of_lane`; none goes on before
+// all have read.
+template <class T, class Read>
+void show_lanes(const T& own, int line, Read read) {
+  hostcuda::meet_lanes(0xFFFFFFFFu, &own, line);
+  read([line](int lane) -> const T& { return *hostcuda::value_of_lane<const T*>(lane, line); });
+  hostcuda::meet_lanes(0xFFFFFFFFu, 0, line);
+}
+
+inline void load_matrices(const void* row, uint32 (&piece)[4], int line = __builtin_LINE()) {
+  if (!hostcuda::in_shared(row, 16)) fail("load_matrices outside shared memory, in line %d", line);
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices needs rows aligned to 16 bytes, in line %d", line);
+  const int lane = hostcuda::own_lane();
+  show_lanes(row, line, [&](auto of_lane) {
+    for (int m = 0; m < 4; m++)
+      memcpy(&piece[m], static_cast<const unsigned char*>(of_lane(8 * m + lane / 4)) + lane % 4 * 4, 4);
+  });
+}
+
+// Products are exact in float32. (The order of a sum is the hardware's own, and so is how it rounds.)
+template <class Widen>
+void multiply_matrices(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2], Widen widen, int line) {
+  struct Fragments { uint32 a[4], b[2]; };
+  const Fragments own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const int lane = hostcuda::own_lane();
+  show_lanes(own, line, [&](auto of_lane) {
+    for (int e = 0; e < 4; e++) {
+      const int half = e / 2, column = lane % 4 * 2 + e % 2;
+      for (int k = 0; k < 16; k++) {
+        const int j = k % 8 / 2, shift = k % 2 * 16;
+        const uint32 left = of_lane(lane / 4 * 4 + j).a[half + k / 8 * 2] >> shift;
+        const uint32 right = of_lane(column * 4 + j).b[k / 8] >> shift;
+        sum[e] += widen(uint16(left)) * widen(uint16(right));
+      }
+    }
+  });
+}
+inline void multiply_halves(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2], int line = __builtin_LINE()) {
+  multiply_matrices(sum, a, b, half_to_float, line);
+}
+inline void multiply_bfloat16s(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2],
+                               int line = __builtin_LINE()) {
+  multiply_matrices(sum, a, b, bfloat16_to_float, line);
+}
+
+#endif  // sm_80
+
 #if __CUDA_ARCH__ >= 900
 
 inline void barrier_init(uint64* barrier, uint32 arrivals, int line = __builtin_LINE()) {
