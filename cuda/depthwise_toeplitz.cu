@@ -38,6 +38,8 @@ constexpr bool kPairs = CUCONV_PAIRS;
 
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kHeldRows = kR > 0 ? kR : 1;
+// 128 registers a thread. Left to itself the compiler aims at more blocks a multiprocessor and spills.
+constexpr int kMinBlocks = 512 / kThreads;
 // The shape of a tensor-core product: units, columns of a window, outputs of a segment.
 constexpr int kUnits = 16;
 constexpr int kStep = 16;
@@ -103,6 +105,7 @@ __device__ __forceinline__ int input_plane_of(int output_plane, const Parameters
 // The bands of `planes` output planes from k0 on: for every kernel row and k-step what the lanes of a warp hold of it.
 __device__ __forceinline__ void make_bands(const Parameters& g, const T* w, int k0, int planes, uint32* bands,
                                            int thread) {
+#pragma unroll 1
   for (int i = thread; i < planes * g.R * g.steps * kBandWords; i += kThreads) {
     const int lane = i % kBandWords / 2;
     const int band = i / kBandWords;
@@ -131,40 +134,60 @@ __device__ __forceinline__ void load_band(const uint32* bands, int band, int lan
   b[1] = words.piece[1];
 }
 
+__device__ __forceinline__ uint32 low_bits(const T* pointer) {
+  return static_cast<uint32>(reinterpret_cast<uint64>(pointer));
+}
+
+// How far behind a boundary of 16 bytes the run of this image starts, and its copy: `first` is where the run of the first
+// image starts, others `apart` bytes apart. Only the lowest bits matter.
+__device__ __forceinline__ int run_shift(uint32 first, uint32 apart, int image) {
+  return static_cast<int>((first + static_cast<uint32>(image) * apart) % kBulkAlignment);
+}
+
 // Rows [low, low + rows) of so many planes and images, from their runs to the layout, whose first row is row `top_row`.
-__device__ __forceinline__ void lay_out(const Parameters& g, const unsigned char* runs, int64 global, int64 image_bytes,
+// The rows of an image's planes count as one sequence.
+__device__ __forceinline__ void lay_out(const Parameters& g, const unsigned char* runs, uint32 first_run, uint32 apart,
                                         T* layout, int images, int planes, int top_row, int low, int rows, int thread) {
   using Piece = Vector<T, kVector>;
   const int lanes = 1 << g.row_shift;
+  const int lane_row = thread % kWarp >> g.row_shift;
+  const int lane_vector = thread & (lanes - 1);
   const int skipped = max(0, -g.lead);
   const int vectors = (g.W - skipped) / kVector;
-  const int total = images * planes * rows;
-  const int step = kThreads >> g.row_shift;
-  if (total == 0 || vectors <= 0) return;
+  const int image_rows = planes * rows;
+  if (image_rows == 0) return;
+  const int pass_rows = kWarp >> g.row_shift;
+  const int parts = (image_rows + kBatch * pass_rows - 1) / (kBatch * pass_rows);
+  const uint32 parts_magic = magic_of(parts);
   const uint32 rows_magic = magic_of(rows);
-  const uint32 planes_magic = magic_of(planes);
-  for (int first = thread >> g.row_shift; first < total; first += kBatch * step) {
+  // From the last row of a plane to the first of the next one there are so many elements more than from row to row.
+  const int plane_gap = (g.H - rows) * g.W;
+  const int layout_plane_gap = g.block_images * g.plane_pitch - rows * g.pitch;
+  runs += skipped * sizeof(T);
+  layout += (low - top_row) * g.pitch + g.lead + skipped;
+#pragma unroll 1
+  for (int part = thread / kWarp; part < images * parts; part += kWarps) {
+    const int image = divide(part, parts_magic);
+    const int first = (part - image * parts) * kBatch * pass_rows + lane_row;
+    const T* const run = reinterpret_cast<const T*>(runs + image * g.input_bytes + run_shift(first_run, apart, image));
+    T* const image_layout = layout + image * g.plane_pitch;
     const T* source[kBatch];
     T* destination[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int index = min(first + b * step, total - 1);
-      const int plane_image = divide(index, rows_magic);
-      const int row = index - plane_image * rows;
-      const int image = divide(plane_image, planes_magic);
-      const int plane = plane_image - image * planes;
-      const int shift = static_cast<int>((global + image * image_bytes) % kBulkAlignment);
-      source[b] = reinterpret_cast<const T*>(runs + image * g.input_bytes + shift) + (plane * g.H + row) * g.W + skipped;
-      destination[b] = layout + (plane * g.block_images + image) * g.plane_pitch + (low + row - top_row) * g.pitch +
-                       g.lead + skipped;
+      const int row = min(first + b * pass_rows, image_rows - 1);
+      const int plane = divide(row, rows_magic);
+      source[b] = run + row * g.W + plane * plane_gap;
+      destination[b] = image_layout + row * g.pitch + plane * layout_plane_gap;
     }
-    for (int v = thread & (lanes - 1); v < vectors; v += lanes) {
+#pragma unroll 1
+    for (int v = lane_vector; v < vectors; v += lanes) {
       Piece piece[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) piece[b] = reinterpret_cast<const Piece*>(source[b])[v];
+      // A row behind the last is the last one, stored again.
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-        if (first + b * step < total) reinterpret_cast<Piece*>(destination[b])[v] = piece[b];
+      for (int b = 0; b < kBatch; ++b) reinterpret_cast<Piece*>(destination[b])[v] = piece[b];
     }
   }
 }
@@ -237,7 +260,7 @@ __device__ __forceinline__ float convolve_one(const Parameters& g, const T* sour
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     depthwise_toeplitz(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   __shared__ uint64 full;
@@ -301,18 +324,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int turn = 0; turn < turns; ++turn) {
     const int images = images_of(turn);
     ptx::barrier_wait(&full, turn % 2);
-    lay_out(g, input, reinterpret_cast<int64>(x_run(turn, 0)), input_image * static_cast<int64>(sizeof(T)), layout,
-            images, inputs, top_row, low, high - low, thread);
+    lay_out(g, input, low_bits(x_run(turn, 0)), static_cast<uint32>(input_image) * sizeof(T), layout, images, inputs,
+            top_row, low, high - low, thread);
     // The stores of the turn before have long read what they took.
     if (lane == 0) ptx::bulk_store_wait_read<0>();
     __syncthreads();
     if (turn + 1 < turns) load(turn + 1);
 
+    const uint32 first_result = low_bits(y_run(turn, 0));
+    const uint32 output_apart = static_cast<uint32>(output_image) * sizeof(T);
+    const int image_units = g.row_items * g.segments;
     for (int item = warp; item < planes * g.tiles; item += kWarps) {
       const int plane = divide(item, g.tiles_magic);
       const int k = k0 + plane;
       // Of the 16 units this lane knows one; behind the last are copies of it.
-      const int image_units = g.row_items * g.segments;
       const int unit = (item - plane * g.tiles) * kUnits + lane % kUnits;
       const int some_unit = min(unit, images * image_units - 1);
       const int image = divide(some_unit, g.image_units_magic);
@@ -323,9 +348,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const int input_index = input_plane_of(k, g) - c0;
       const T* const window = layout + (input_index * g.block_images + image) * g.plane_pitch +
                               p * g.stride_h * g.pitch + q * g.stride_w;
-      const int shift = static_cast<int>(reinterpret_cast<uint64>(y_run(turn, image)) % kBulkAlignment);
-      const int result = image * g.output_bytes + shift +
-                         (plane * static_cast<int>(output_plane) + p * g.Q + q) * static_cast<int>(sizeof(T));
+      const int result = image * g.output_bytes + run_shift(first_result, output_apart, image) +
+                         (plane * g.P * g.Q + p * g.Q + q) * static_cast<int>(sizeof(T));
 
       const float start = bias == nullptr ? 0.0f : widen(bias[k]);
       float sum[kRows][4];
@@ -333,15 +357,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       for (int t = 0; t < kRows; ++t)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[t][e] = start;
-      convolve(g, window + lane / kUnits * (kStep / 2), bands + plane * g.R * g.steps * (kBandWords), lane, sum);
+      convolve(g, window + lane / kUnits * (kStep / 2), bands + plane * g.R * g.steps * kBandWords, lane, sum);
 
       // Infinities of different signs make a NaN too, and are then made again in vain.
-      float all = 0;
+      float all[4] = {};
 #pragma unroll
       for (int t = 0; t < kRows; ++t)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) all += sum[t][e];
-      const bool again = __any_sync(kAllLanes, all != all);
+        for (int e = 0; e < 4; ++e) all[e] += sum[t][e];
+      const float total = all[0] + all[1] + (all[2] + all[3]);
+      const bool again = __any_sync(kAllLanes, total != total);
 
       // A lane's sums belong to two units, whose places other lanes know.
       const int column = lane % 4 * 2;

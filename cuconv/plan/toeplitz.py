@@ -235,7 +235,7 @@ def _tiles_of(
         units = images * row_items * segments
         counts = (
             units + _UNITS,
-            inputs * images * input_rows,
+            images * inputs * input_rows,
             planes * g.R * window.steps,
             planes * -(-units // _UNITS),
             overhang,
@@ -333,7 +333,7 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     lanes = 1 << min(5, (vectors - 1).bit_length())
     laid = laid_rows * -(-vectors // lanes) * lanes / 32
     stores = items * tile.rows * (6 if g.Q % 2 == 0 else 12) * uneven
-    issue = products + 2 * fragments + bands + 4 * laid + laid_rows * lanes / 32 * 20 + stores + 120 * items * uneven
+    issue = products + 2 * fragments + bands + 4 * laid + laid_rows * lanes / 32 * 15 + stores + 200 * items * uneven
     passes = 4 * tile.passes * fragments + 2 * bands + laid * (2 + window.vector / 2) + stores / 2
     moved = (images * (tile.block_inputs * min(span, g.H) * g.W) + outputs) * _SIZE
     registers = 45 + (4 * tile.rows + 2 * g.R if held else 8 * tile.rows)
