@@ -10,7 +10,7 @@ import pytest
 
 import cuconv
 from cuconv import kernels, plan
-from cuconv.plan import runs, wgrad
+from cuconv.plan import runs, toeplitz, wgrad
 
 # name: x, w, stride, padding, dilation. Rows, columns and their numbers differ wherever they can; the product of all
 # choices is pruned to geometries that each reach a branch of a kernel or of its plan that the others do not.
@@ -37,6 +37,12 @@ GEOMETRIES = {
     "one_pixel": ((2, 3, 1, 1), (3, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
     "all_padding": ((1, 2, 3, 4), (2, 1, 2, 2), (1, 1), ((6, 7), (5, 9)), (1, 1)),
     "one_column": ((2, 3, 40, 1), (3, 1, 4, 1), (1, 1), ((1, 2), (0, 0)), (1, 1)),
+    "3x3_dilation_12": ((1, 2, 30, 37), (2, 1, 3, 3), (1, 1), ((12, 12), (12, 11)), (12, 12)),
+    "stride_above_kernel": ((2, 2, 17, 20), (2, 1, 2, 3), (4, 3), ((1, 0), (0, 2)), (1, 1)),
+    "stride_and_dilation_share_a_factor": ((2, 3, 29, 31), (3, 1, 3, 4), (4, 2), ((2, 3), (1, 4)), (2, 6)),
+    "planes_of_many_rows": ((3, 2, 40, 24), (2, 1, 5, 3), (1, 1), ((2, 2), (1, 1)), (1, 1)),
+    "large_kernel_strided": ((2, 2, 41, 23), (2, 1, 13, 5), (3, 2), ((6, 5), (2, 3)), (1, 1)),
+    "large_kernel_dilated": ((1, 3, 38, 24), (3, 1, 10, 3), (1, 1), ((9, 8), (2, 2)), (3, 2)),
     "large_kernel": ((1, 2, 20, 35), (2, 1, 11, 31), (1, 1), ((5, 5), (15, 15)), (1, 1)),
 }
 
@@ -56,14 +62,23 @@ DGRAD_GEOMETRIES = {
 }
 
 
-def variants(w_shape):
-    return ("direct", "runs") if w_shape[2] * w_shape[3] <= runs.MAX_TAPS else ("direct",)
+HALVES = ("float16", "bfloat16")
+# Every variant in a dtype that it takes.
+VARIANTS = (("direct", "float32"), ("runs", "float32"), ("toeplitz", "float16"), ("toeplitz", "bfloat16"))
+
+
+def variants(w_shape, dtype):
+    yield "direct"
+    if w_shape[2] * w_shape[3] <= runs.MAX_TAPS:
+        yield "runs"
+    if dtype in HALVES:
+        yield "toeplitz"
 
 
 def cases(dtypes, geometries=GEOMETRIES):
     for dtype in dtypes:
         for name, (x_shape, w_shape, *numbers) in geometries.items():
-            for variant in variants(w_shape):
+            for variant in variants(w_shape, dtype):
                 arguments = (x_shape, w_shape, dict(zip(("stride", "padding", "dilation"), numbers, strict=True)))
                 yield pytest.param(*arguments, dtype, variant, id=f"{name}-{dtype}-{variant}")
 
@@ -82,9 +97,14 @@ def test_every_variant_matches_float64(device, rng, x_shape, w_shape, numbers, d
 
 def dgrad_cases(dtypes):
     for case in cases(dtypes, GEOMETRIES | DGRAD_GEOMETRIES):
-        _, (_, _, R, S), numbers, _, variant = case.values
+        x_shape, (K, _, R, S), numbers, _, variant = case.values
         axes = zip((R, S), numbers["stride"], numbers["dilation"], strict=True)
-        if variant == "direct" or all(1 in axis for axis in axes):
+        suits = {
+            "direct": True,
+            "runs": all(1 in axis for axis in axes),
+            "toeplitz": numbers["stride"] == (1, 1) and K == x_shape[1],
+        }
+        if suits[variant]:
             yield case
 
 
@@ -169,12 +189,12 @@ def test_nan_of_dy_reaches_what_it_met_and_nothing_else(device, rng, variant):
         assert met.sum() > 8
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_dgrad_of_more_padding_than_the_kernel_reaches(device, rng, variant):
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS)
+def test_dgrad_of_more_padding_than_the_kernel_reaches(device, rng, variant, dtype):
     """Outputs that lie in the padding altogether have no part in dx."""
-    w = rng.standard_normal((3, 1, 2, 3)).astype(np.float32)
+    w = rng.standard_normal((3, 1, 2, 3)).astype(oracle.DTYPES[dtype])
     numbers = {"stride": (1, 1), "padding": ((4, 3), (5, 2)), "dilation": (1, 1)}
-    dy = rng.standard_normal((2, 3, 11, 14)).astype(np.float32)
+    dy = rng.standard_normal((2, 3, 11, 14)).astype(oracle.DTYPES[dtype])
     dy[:, :, :3] = np.nan
     with plan.variant(variant):
         dx = cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), (2, 3, 5, 9), **numbers)
@@ -182,15 +202,15 @@ def test_dgrad_of_more_padding_than_the_kernel_reaches(device, rng, variant):
     oracle.assert_dgrad_within_bound(device.host(dx), dy, w, **numbers)
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_zeros_around_dy_take_part(device, variant):
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS)
+def test_zeros_around_dy_take_part(device, variant, dtype):
     """A kernel row of infinity gives NaN where it meets no row of dy, in the reference and in every variant alike."""
-    dy, w = np.ones((1, 1, 4, 5), np.float32), np.ones((1, 1, 3, 3), np.float32)
+    dy, w = np.ones((1, 1, 4, 5), oracle.DTYPES[dtype]), np.ones((1, 1, 3, 3), oracle.DTYPES[dtype])
     w[0, 0, 2, :] = np.inf
-    expected = cuconv.depthwise_conv2d_dgrad(dy, w, (1, 1, 4, 5), padding=1)
+    expected = cuconv.depthwise_conv2d_dgrad(dy, w, (1, 1, 4, 5), padding=1).astype(np.float64)
     with plan.variant(variant):
         dx = cuconv.depthwise_conv2d_dgrad(device.array(dy), device.array(w), (1, 1, 4, 5), padding=1)
-    np.testing.assert_array_equal(device.host(dx), expected)
+    np.testing.assert_array_equal(device.host(dx).astype(np.float64), expected)
     assert np.isnan(expected[:, :, 0]).all()
     assert not np.isnan(expected[:, :, 1:, 1:4]).any()
 
@@ -233,7 +253,11 @@ def gradients(rng, x_shape, w_shape, dtype, numbers):
     return rng.standard_normal(oracle.convolve(x, w, **numbers).shape).astype(x.dtype), x
 
 
-@pytest.mark.parametrize(("x_shape", "w_shape", "numbers", "dtype", "variant"), list(cases(oracle.DTYPES)))
+def wgrad_cases(dtypes):
+    return [case for case in cases(dtypes) if case.values[-1] != "toeplitz"]
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "numbers", "dtype", "variant"), list(wgrad_cases(oracle.DTYPES)))
 def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, w_shape, numbers, dtype, variant):
     dy, x = gradients(rng, x_shape, w_shape, dtype, numbers)
     dw_out, dw_guards = device.guarded(w_shape, x.dtype)
@@ -389,9 +413,11 @@ def test_wgrad_of_an_empty_batch_is_zero(device):
         np.testing.assert_array_equal(device.host(gradient), np.zeros(gradient.shape))
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_small_integers_are_exact(device, rng, dtype, variant):
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [(variant, dtype) for dtype in oracle.DTYPES for variant in variants((6, 1, 3, 2), dtype)],
+)
+def test_small_integers_are_exact(device, rng, variant, dtype):
     x = rng.integers(-3, 4, (2, 3, 9, 10)).astype(oracle.DTYPES[dtype])
     w = rng.integers(-2, 3, (6, 1, 3, 2)).astype(oracle.DTYPES[dtype])
     numbers = {"stride": (1, 2), "padding": ((2, 0), (1, 1)), "dilation": (1, 1)}
@@ -400,9 +426,8 @@ def test_small_integers_are_exact(device, rng, dtype, variant):
     np.testing.assert_array_equal(device.host(y).astype(np.float64), oracle.convolve(x, w, **numbers))
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_width_and_every_offset(device, rng, dtype, variant):
+@pytest.mark.parametrize(("variant", "dtype"), [*VARIANTS, ("direct", "float16"), ("runs", "float16")])
+def test_every_width_and_every_offset(device, rng, variant, dtype):
     """Runs start at any element and end at any element, so that heads and tails of every length occur."""
     size = oracle.DTYPES[dtype].itemsize
     w = rng.standard_normal((2, 1, 3, 3)).astype(oracle.DTYPES[dtype])
@@ -416,10 +441,10 @@ def test_every_width_and_every_offset(device, rng, dtype, variant):
         oracle.assert_within_bound(device.host(y), x, w, **numbers)
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_channels_around_every_group_size(device, rng, variant):
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS)
+def test_channels_around_every_group_size(device, rng, variant, dtype):
     for channels in (1, 2, 23, 24, 25, 63, 64, 65):
-        x, w, bias = oracle.random_arrays(rng, (3, channels, 4, 5), (channels, 1, 3, 3), "float32")
+        x, w, bias = oracle.random_arrays(rng, (3, channels, 4, 5), (channels, 1, 3, 3), dtype)
         with plan.variant(variant):
             y = cuconv.depthwise_conv2d(device.array(x), device.array(w), device.array(bias), padding=1)
         oracle.assert_within_bound(device.host(y), x, w, bias, padding=((1, 1), (1, 1)))
@@ -441,22 +466,22 @@ def test_several_images_a_block(device, rng):
         oracle.assert_within_bound(y, x, w, bias, padding=((1, 1), (1, 1)))
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_padding_takes_part_as_a_zero(device, variant):
-    x = np.ones((1, 1, 5, 6), np.float32)
-    w = np.ones((1, 1, 3, 3), np.float32)
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS)
+def test_padding_takes_part_as_a_zero(device, variant, dtype):
+    x = np.ones((1, 1, 5, 6), oracle.DTYPES[dtype])
+    w = np.ones((1, 1, 3, 3), oracle.DTYPES[dtype])
     w[0, 0, 0, 0] = np.inf
     with plan.variant(variant):
-        y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), padding=1))
+        y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), padding=1)).astype(np.float64)
     outside = np.zeros(y.shape, bool)
     outside[:, :, 0, :] = outside[:, :, :, 0] = True  # where the tap of infinity falls into the padding
     np.testing.assert_array_equal(np.isnan(y), outside)
     assert np.isposinf(y[~outside]).all()
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_nan_poisons_its_receptive_field_and_nothing_else(device, rng, variant):
-    x, w, _ = oracle.random_arrays(rng, (2, 3, 9, 8), (3, 1, 3, 2), "float32")
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS)
+def test_nan_poisons_its_receptive_field_and_nothing_else(device, rng, variant, dtype):
+    x, w, _ = oracle.random_arrays(rng, (2, 3, 9, 8), (3, 1, 3, 2), dtype)
     numbers = {"stride": (2, 1), "padding": ((1, 0), (0, 1)), "dilation": (1, 2)}
     x[1, 2, 4, 5] = np.nan
     with plan.variant(variant):
@@ -465,14 +490,86 @@ def test_nan_poisons_its_receptive_field_and_nothing_else(device, rng, variant):
     assert np.isnan(y).any()
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
-def test_nan_in_unread_pixels_poisons_nothing(device, rng, variant):
-    x, w, _ = oracle.random_arrays(rng, (2, 3, 9, 10), (3, 1, 1, 1), "float32")
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS)
+def test_nan_in_unread_pixels_poisons_nothing(device, rng, variant, dtype):
+    x, w, _ = oracle.random_arrays(rng, (2, 3, 9, 10), (3, 1, 1, 1), dtype)
     x[:, :, 1::2] = np.nan
     x[:, :, :, 1::2] = np.nan
     with plan.variant(variant):
         y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), stride=2))
     oracle.assert_within_bound(y, x[:, :, ::2, ::2], w)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["3x3_padded", "3x3_dilated_strided", "planes_together", "images_together", "5x5_padded"]
+)
+def test_infinities_stay_in_their_receptive_field(device, rng, name, variant, dtype):
+    x_shape, w_shape, *numbers = GEOMETRIES[name]
+    numbers = dict(zip(("stride", "padding", "dilation"), numbers, strict=True))
+    x, w, bias = oracle.random_arrays(rng, x_shape, w_shape, dtype)
+    x[0, 0, 0, 0] = x[-1, -1, 2, 4] = np.inf
+    x[-1, -1, 4, 3] = -np.inf
+    with plan.variant(variant):
+        y = device.host(cuconv.depthwise_conv2d(*map(device.array, (x, w, bias)), **numbers)).astype(np.float64)
+    exact = oracle.convolve(x, w, bias, **numbers)
+    for kind in (np.isnan, np.isposinf, np.isneginf):
+        np.testing.assert_array_equal(kind(y), kind(exact))
+    finite = np.isfinite(exact)
+    assert 0 < finite.sum() < finite.size
+    np.testing.assert_allclose(y[finite], exact[finite], rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_large_kernels_keep_nan_and_infinity_in_their_receptive_field(device, rng, value, dtype):
+    x_shape, w_shape, stride, padding, dilation = GEOMETRIES["large_kernel_strided"]
+    numbers = {"stride": stride, "padding": padding, "dilation": dilation}
+    x, w, _ = oracle.random_arrays(rng, x_shape, w_shape, dtype, bias=False)
+    x[1, 1, 20, 11] = value
+    with plan.variant("toeplitz"):
+        y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), **numbers)).astype(np.float64)
+    exact = oracle.convolve(x, w, **numbers)
+    for kind in (np.isnan, np.isposinf, np.isneginf):
+        np.testing.assert_array_equal(kind(y), kind(exact))
+
+
+def test_infinite_weights_of_large_kernels_meet_the_padding(device):
+    """As test_padding_takes_part_as_a_zero, on windows of several k-steps."""
+    x, w = np.ones((1, 1, 20, 21), np.float16), np.ones((1, 1, 11, 31), np.float16)
+    w[0, 0, 0, 30] = np.inf
+    with plan.variant("toeplitz"):
+        y = device.host(cuconv.depthwise_conv2d(device.array(x), device.array(w), padding=((5, 5), (15, 15))))
+    outside = np.zeros(y.shape, bool)
+    outside[:, :, :5] = outside[:, :, :, 6:] = True
+    np.testing.assert_array_equal(np.isnan(y), outside)
+    assert np.isposinf(y[~outside]).all()
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "numbers"),
+    [
+        ((11, 9, 13, 12), (9, 1, 3, 3), {"padding": 1}),
+        ((3, 4, 40, 15), (8, 1, 12, 4), {"padding": (5, 2), "stride": (2, 1)}),
+    ],
+    ids=["bands_held", "rows_held"],
+)
+def test_toeplitz_tiles_of_every_kind(device, rng, x_shape, w_shape, numbers):
+    """Every choice of every part of a tile, each at least once."""
+    x, w, bias = oracle.random_arrays(rng, x_shape, w_shape, "float16")
+    geometry = cuconv.geometry.depthwise_geometry(x.shape, w.shape, **numbers)
+    parts = ("rows", "block_rows", "block_planes", "block_images", "block_turns", "warps")
+    seen = {part: set() for part in parts}
+    numbers = {"padding": geometry.padding, "stride": geometry.stride}
+    for tile in toeplitz.tiles(geometry, aligned=True, budget=device.target.shared_per_block // 2):
+        if all(getattr(tile, part) in seen[part] for part in parts):
+            continue
+        for part in parts:
+            seen[part].add(getattr(tile, part))
+        chosen = toeplitz.tile_plan(geometry, "float16", tile)
+        y = device.launch(chosen, x, w, bias, geometry.y_shape)
+        oracle.assert_within_bound(y, x, w, bias, **numbers)
+    assert min(len(values) for values in seen.values()) > 1
 
 
 @pytest.mark.parametrize("view", ["reversed", "transposed", "strided", "offset", "broadcast"])
@@ -554,5 +651,8 @@ def test_a_forced_variant_that_cannot_run_says_why(device):
     x, w = device.array(np.ones((1, 1, 12, 12), np.float32)), device.array(np.ones((1, 1, 9, 9), np.float32))
     with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs.*64 taps.*9 x 9"):
         cuconv.depthwise_conv2d(x, w)
-    with pytest.raises(ValueError, match=r"variant must be one of runs, direct.*'fast'"), plan.variant("fast"):
+    with (
+        pytest.raises(ValueError, match=r"variant must be one of runs, toeplitz, direct.*'fast'"),
+        plan.variant("fast"),
+    ):
         pass

@@ -295,6 +295,68 @@ def test_conversions():
         assert np.isnan(back[nan]).all()
 
 
+MATRICES = """
+  CUCONV_DYNAMIC_SHARED(bytes);
+  uint16* const tile = reinterpret_cast<uint16*>(bytes);
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x; i < 16 * 24; i += blockDim.x) tile[i] = a[i];
+  __syncthreads();
+  uint32 piece[4];
+  ptx::load_matrices(tile + lane % 16 * 24 + lane / 16 * 8, piece);
+  // What a warp has loaded is its own, whatever comes over it.
+  tile[lane] = 0;
+  uint32 right[2];
+  for (int half = 0; half < 2; half++) {
+    const int k = half * 8 + lane % 4 * 2;
+    right[half] = b[k * 8 + lane / 4] | static_cast<uint32>(b[(k + 1) * 8 + lane / 4]) << 16;
+  }
+  float sum[4] = {1, 2, 3, 4};
+  ptx::multiply_NAME(sum, piece, right);
+  if (threadIdx.x < 32)
+    for (int e = 0; e < 4; e++) y[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = sum[e];
+"""
+
+
+def multiply(body, a, b, **changes):
+    parameters = "const uint16* a, const uint16* b, float* y"
+    arrays = (a.view(np.uint16), b.view(np.uint16), zeros(128))
+    return run(body, *arrays, parameters=parameters, shared=16 * 24 * 2, **changes)[2].reshape(16, 8)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("name", ["halves", "bfloat16s"])
+def test_matrix_products(name, order):
+    import ml_dtypes
+
+    dtype = {"halves": np.float16, "bfloat16s": ml_dtypes.bfloat16}[name]
+    rng = np.random.default_rng(3)
+    # Small integers: sums are exact in any order. Columns behind the 16th are not the product's.
+    a, b = (rng.integers(-9, 10, shape).astype(dtype) for shape in ((16, 24), (16, 8)))
+    y = multiply(MATRICES.replace("NAME", name), a, b, order=order)
+    start = np.array([1, 2] * 4) + 2 * (np.arange(16) >= 8)[:, None]
+    assert np.array_equal(y, a[:, :16].astype(np.float32) @ b.astype(np.float32) + start)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lane / 16 * 8, piece", "lane / 16 * 9, piece", "aligned to 16 bytes"),
+        ("lane % 16 * 24 +", "lane * 24 +", "outside shared memory"),
+        ("tile + lane % 16 * 24", "reinterpret_cast<const uint16*>(a) + lane % 16 * 24", "outside shared memory"),
+        ("ptx::load_m", "if (lane < 31) ptx::load_m", "deadlock"),
+        ("ptx::multiply_", "if (lane != 5) ptx::multiply_", "deadlock"),
+    ],
+)
+def test_faulty_matrix_products_are_refused(old, new, message):
+    body = MATRICES.replace("NAME", "halves")
+    assert old in body
+    a, b = np.ones((16, 24), np.float16), np.ones((16, 8), np.float16)
+    with pytest.raises(RuntimeError, match=message):
+        multiply(body.replace(old, new), a, b)
+    with pytest.raises(RuntimeError, match="load_matrices"):
+        multiply(body, a, b, compute_capability="75")
+
+
 def test_arguments_are_checked():
     code = """
     struct Pair { int a; float b; };

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 
 from cuconv import kernels, plan
+from cuconv.plan import toeplitz
 
 cupy = pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
 from test_plan import geometry  # noqa: E402
@@ -46,6 +47,28 @@ def test_compiles_within_the_budget_of_registers_and_spills(case, architecture):
         assert spilled <= SPILL_BUDGET.get(case, 0), f"{chosen} spills {spilled} bytes on {architecture}"
         budget = REGISTER_BUDGET_FLOAT64 if dtype == "float64" else REGISTER_BUDGET
         assert resources.registers <= budget, f"{chosen} takes {resources.registers} on {architecture}"
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if int(name[3:].rstrip("a")) >= 90])
+@pytest.mark.parametrize("case", CASES)
+def test_toeplitz_compiles_within_its_budget(case, architecture):
+    x_shape, w_shape, numbers = CASES[case]
+    target = plan.TARGETS[int(architecture.removeprefix("sm_").rstrip("a"))]
+    g = geometry(x_shape, w_shape, **numbers)
+    for dtype in ("float16", "bfloat16"):
+        chosen = plan.depthwise_forward(g, dtype, target, "toeplitz")
+        resources = kernels.compile_only(chosen, architecture)
+        assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+        assert resources.registers <= 128, f"{chosen} takes {resources.registers} on {architecture}"
+
+
+@pytest.mark.parametrize("kernel", [3, 9, 11])
+def test_every_patch_of_toeplitz_compiles_without_spills(kernel):
+    g = geometry((8, 16, 64, 64), (16, 1, kernel, kernel), padding=kernel // 2)
+    patches = {(t.rows, t.warps): t for t in toeplitz.tiles(g, True, plan.TARGETS[90].shared_per_block // 2)}
+    for tile in patches.values():
+        resources = kernels.compile_only(toeplitz.tile_plan(g, "bfloat16", tile), "sm_90a")
+        assert resources.spill_bytes == 0, f"{tile} spills {resources.spill_bytes} bytes"
 
 
 def test_a_compile_error_names_variant_architecture_and_log():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
-from cuconv.plan import base, runs
+from cuconv.plan import base, runs, toeplitz
 
 H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
 
@@ -25,13 +25,18 @@ def geometry(x_shape, w_shape, **numbers) -> Conv2dGeometry:
     return depthwise_geometry(x_shape, w_shape, **numbers)
 
 
-def test_the_default_is_runs_where_they_run_and_direct_elsewhere():
+def test_the_default_is_runs_where_they_run_then_toeplitz_then_direct():
     g = geometry((16, 64, 512, 512), (64, 1, 3, 3))
     assert plan.depthwise_forward(g, "float32", H200).source == "depthwise_runs"
     assert plan.depthwise_forward(g, "float32", RTX_5090).source == "depthwise_runs"
     assert plan.depthwise_forward(g, "float32", T4).source == "depthwise_forward_direct"
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)
     assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
+    assert plan.depthwise_forward(large, "bfloat16", H200).source == "depthwise_toeplitz"
+    assert plan.depthwise_dgrad(large, "float16", H200).source == "depthwise_toeplitz"
+    assert plan.depthwise_forward(large, "float16", plan.TARGETS[80]).source == "depthwise_forward_direct"
+    small = geometry((64, 192, 56, 56), (192, 1, 7, 7), padding=3)
+    assert plan.depthwise_forward(small, "float16", H200).source == "depthwise_runs"
     wide = geometry((1, 1, 3, 10**6), (1, 1, 3, 3))
     assert plan.depthwise_forward(wide, "float32", H200).source == "depthwise_forward_direct"
 
@@ -48,6 +53,42 @@ def test_plans_are_cached_and_hashable():
     first = plan.depthwise_forward(g, "float32", H200)
     assert plan.depthwise_forward(g, "float32", H200) is first
     assert hash(first) == hash(plan.depthwise_forward.__wrapped__(g, "float32", H200))
+
+
+def covers_by_toeplitz(g, chosen):
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    # Every row, plane and image has one block.
+    assert chosen.grid[0] * values["block_rows"] >= g.P > (chosen.grid[0] - 1) * values["block_rows"]
+    assert chosen.grid[1] * values["block_planes"] >= g.K > (chosen.grid[1] - 1) * values["block_planes"]
+    images = values["block_images"] * values["block_turns"]
+    assert chosen.grid[2] * images >= g.N > (chosen.grid[2] - 1) * images
+    assert values["block_planes"] == 1 or values["block_rows"] == g.P
+    # Every output of a block is in one unit, and every unit in one product.
+    groups, rest = divmod(values["row_items"], values["spacing_h"])
+    rows = groups * values["spacing_h"] * defines["ROWS"] if groups else g.P
+    assert rows >= values["block_rows"]
+    assert rest == 0 or (groups == 0 and values["row_items"] == g.P)
+    assert values["segments"] * 8 >= g.Q
+    units = values["block_images"] * values["row_items"] * values["segments"]
+    assert values["tiles"] * 16 >= units > (values["tiles"] - 1) * 16
+    # The window holds every tap, its start and every row's start are aligned.
+    span = values["phase"] + 7 * g.stride[1] + (g.S - 1) * g.dilation[1] + 1
+    assert values["steps"] * 16 >= span
+    assert values["lead"] == values["phase"] + g.padding[1][0]
+    assert values["pitch"] % 8 == values["plane_pitch"] % 8 == 0
+    assert values["lead"] % defines["VECTOR"] == g.W % defines["VECTOR"] == 0
+    # The last window of the last row of the last plane is inside the layout, and so is the last element of x.
+    last = units // values["block_images"] // values["segments"] - 1
+    last += last // values["spacing_h"] * (defines["ROWS"] - 1) * values["spacing_h"]
+    last_row = (last + (defines["ROWS"] - 1) * values["spacing_h"]) * g.stride[0] + (g.R - 1) * g.dilation[0]
+    last_column = (values["segments"] - 1) * 8 * g.stride[1] + values["steps"] * 16
+    planes = values["block_inputs"] * values["block_images"]
+    end = (planes - 1) * values["plane_pitch"] + last_row * values["pitch"] + max(last_column, values["lead"] + g.W)
+    assert end * 2 <= values["layout_bytes"]
+    assert (last_row + 1) * values["pitch"] <= values["plane_pitch"]
+    # A row meets nothing of the next one where it meets padding: there is as much of it before the next.
+    right = (g.Q - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1 + values["phase"]
+    assert values["pitch"] >= max(values["lead"] + g.W, right - max(0, values["lead"]))
 
 
 extent = st.integers(1, 300)
@@ -87,6 +128,9 @@ def test_every_plan_covers_the_output_and_fits_the_device(
         assert all(struct[name] == value for name, value in chosen.parameters)
         if variant == "direct":
             assert (chosen.grid[0] - 1) * chosen.block < outputs <= chosen.grid[0] * chosen.block
+            continue
+        if variant == "toeplitz":
+            covers_by_toeplitz(g, chosen)
             continue
         # Every row, plane and image has one block.
         block_rows, block_planes = values["block_rows"], values["block_planes"]
@@ -178,13 +222,58 @@ def test_the_number_of_variants_is_bounded(make):
     assert all(count <= 2 for count in choices.values()), choices
 
 
+def test_the_number_of_toeplitz_variants_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for padding, stride, dilation, r in product((0, 9), (1, 2, 3), (1, 2), (3, 5, 13)):
+        for _ in range(5):
+            n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
+            g = geometry((n, c, h + 25, w + 5), (c, 1, r, 3), padding=padding, stride=stride, dilation=dilation)
+            for name, value in plan.depthwise_forward(g, "float16", H200, "toeplitz").defines:
+                seen.setdefault(name, set()).add(value)
+    choices = {name: len(values) for name, values in seen.items()}
+    assert seen.pop("R") <= {0, 3, 5}
+    assert seen.pop("ROWS") <= {*toeplitz._HELD_ROWS, *toeplitz._RING_ROWS}
+    assert seen.pop("STRIDE_H") <= {1, 2, 3}
+    assert seen.pop("VECTOR") <= {1, 2, 4, 8}
+    assert all(len(values) <= 2 for values in seen.values()), choices
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "numbers", "reason"),
+    [
+        ("float32", H200, {}, "float16 and bfloat16.*float32"),
+        ("float16", plan.TARGETS[80], {}, "compute capability 9.0.*8.0"),
+        ("float16", H200, {"dilation": (1, 70)}, "8 k-steps.*10"),
+        ("float16", H200, {"stride": (5, 1)}, "stride of rows.*5"),
+        ("float16", H200, {"x_shape": (1, 1, 9, 10**6)}, "fit shared memory"),
+    ],
+)
+def test_toeplitz_says_why_it_cannot_run(dtype, target, numbers, reason):
+    x_shape = numbers.get("x_shape", (2, 1, 30, 300))
+    g = geometry(x_shape, (1, 1, 3, 3), **{name: number for name, number in numbers.items() if name != "x_shape"})
+    with pytest.raises(plan.Unsuitable, match=rf"variant toeplitz.*{reason}"):
+        plan.depthwise_forward(g, dtype, target, "toeplitz")
+
+
+def test_toeplitz_rows_are_laid_out_by_vectors_where_that_costs_no_k_step():
+    def window(w, kernel, padding):
+        return toeplitz.window_of(geometry((1, 1, 60, w), (1, 1, kernel, kernel), padding=padding), aligned=True)
+
+    assert window(28, 5, 2) == toeplitz.Window(phase=2, steps=1, lead=4, vector=4)
+    assert window(56, 7, 3) == toeplitz.Window(phase=1, steps=1, lead=4, vector=4)
+    assert window(56, 31, 15) == toeplitz.Window(phase=1, steps=3, lead=16, vector=8)
+    assert window(57, 7, 3) == toeplitz.Window(phase=0, steps=1, lead=3, vector=1)
+    assert window(56, 9, 1) == toeplitz.Window(phase=0, steps=1, lead=1, vector=1)
+
+
 def test_parameter_struct_matches_the_fields_of_the_kernels():
     """Names and order in the plan are those of the C++ struct."""
     from cuconv import kernels
 
     g = geometry((2, 3, 9, 9), (3, 1, 3, 3))
-    plans = [make(g, "float32", H200, variant) for make in PASSES for variant in plan.VARIANTS]
-    assert len({chosen.source for chosen in plans}) == 3
+    plans = [make(g, "float16", H200, variant) for make in PASSES for variant in plan.VARIANTS]
+    assert len({chosen.source for chosen in plans}) == 4
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

@@ -79,6 +79,7 @@ class Tile:
     bands_bytes: int
     input_bytes: int  # of one image
     output_bytes: int
+    pairs: bool  # whether neighbouring results are stored together
     # Passes over the banks of shared memory for every 8 rows of a fragment.
     passes: float
 
@@ -101,7 +102,7 @@ def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned
     if not choices:
         raise Unsuitable(f"{g.R} rows of {g.W} elements do not fit shared memory")
     best = min(choices, key=lambda tile: _cost(g, target, tile))
-    return tile_plan(g, dtype, best, aligned, turned)
+    return tile_plan(g, dtype, best, turned)
 
 
 def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
@@ -109,7 +110,7 @@ def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
     return forward(dgrad_as_forward(g), dtype, target, aligned, turned=True)
 
 
-def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, aligned: bool, turned: bool = False) -> Plan:
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
     grid = (
         -(-g.P // tile.block_rows),
         -(-g.K // tile.block_planes),
@@ -130,7 +131,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, aligned: bool, turned: 
             ("ROWS", tile.rows),
             ("STRIDE_H", tile.stride),
             ("VECTOR", window.vector),
-            ("PAIRS", int(aligned and g.Q % 2 == 0)),
+            ("PAIRS", int(tile.pairs)),
         ),
         grid=grid,
         block=32 * tile.warps,
@@ -200,11 +201,11 @@ def tiles(g: Conv2dGeometry, aligned: bool, budget: int) -> Iterator[Tile]:
     for rows in (rows for rows in choices if rows not in tall[:-1]):
         all_groups = -(-g.P // (rows * spacing))
         for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
-            yield from _tiles_of(g, window, rows, spacing, stride, groups, budget)
+            yield from _tiles_of(g, aligned, window, rows, spacing, stride, groups, budget)
 
 
 def _tiles_of(
-    g: Conv2dGeometry, window: Window, rows: int, spacing: int, stride: int, groups: int, budget: int
+    g: Conv2dGeometry, aligned: bool, window: Window, rows: int, spacing: int, stride: int, groups: int, budget: int
 ) -> Iterator[Tile]:
     block_rows = min(g.P, groups * rows * spacing)
     row_items = min(spacing, g.P) if groups == 1 else groups * spacing
@@ -264,6 +265,7 @@ def _tiles_of(
                 bands_bytes=_line(planes * g.R * window.steps * 256),
                 input_bytes=_line(input_elements * _SIZE + VECTOR_BYTES),
                 output_bytes=_line(output_elements * _SIZE + VECTOR_BYTES),
+                pairs=aligned and g.Q % 2 == 0,
                 passes=passes,
             )
             if tile.shared_bytes <= budget:
@@ -332,7 +334,7 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     vectors = max(1, g.W // window.vector)
     lanes = 1 << min(5, (vectors - 1).bit_length())
     laid = laid_rows * -(-vectors // lanes) * lanes / 32
-    stores = items * tile.rows * (6 if g.Q % 2 == 0 else 12) * uneven
+    stores = items * tile.rows * (6 if tile.pairs else 12) * uneven
     issue = products + 2 * fragments + bands + 4 * laid + laid_rows * lanes / 32 * 15 + stores + 200 * items * uneven
     passes = 4 * tile.passes * fragments + 2 * bands + laid * (2 + window.vector / 2) + stores / 2
     moved = (images * (tile.block_inputs * min(span, g.H) * g.W) + outputs) * _SIZE
