@@ -3,11 +3,11 @@
 //
 // A segment is kSegment neighbouring outputs of a row. Its inputs of one kernel row lie in a window of k-steps of kStep
 // columns, and its outputs are that window times a band: a matrix of kernel row r whose element (k, n) is w[r][s] where
-// k = n * stride_w + s * dilation_w, and zero elsewhere (a Toeplitz matrix). A unit is a segment in each of kRows output
-// rows, a patch. The 16 rows of a tensor-core product are 16 units of one channel, of whatever columns, rows and images:
-// every input row that they need is loaded once, for all the output rows of the patch that it belongs to.
+// k = n * stride_w + s * dilation_w, and zero elsewhere (a Toeplitz matrix). A unit is a segment in each of kRows rows of
+// the output, a patch. The 16 rows of a tensor-core product are 16 units of one channel, of whatever columns, rows and
+// images: every input row that they need is loaded once, for all output rows of the patch.
 //
-// A block owns a run of the output in each of several images: some rows of one plane, or some whole neighbouring planes.
+// A block owns a run of the output in each of several images: some rows of a plane, or some whole neighbouring planes.
 // Bulk copies bring the runs of the input that these need. From there the rows are laid out so that every window starts
 // at 16 bytes and meets zeros where there is padding; while products and stores go on, the runs of the next images are
 // under way. A warp makes 16 units at a time.
@@ -17,11 +17,11 @@
 //
 // Compile-time values: T; R (kernel rows, whose bands then stay in registers; 0: any number, and the rows of x that a
 // kernel row meets stay there instead); TURNED (the kernel, both ways); MULTIPLIED (several output channels an input
-// channel); THREADS; ROWS; STRIDE_H (of the patch, see below); VECTOR (elements laid out at once: it divides W and LEAD);
-// PAIRS (neighbouring results are stored together: Q is even, and y starts at a word).
+// channel); THREADS; ROWS; STRIDE_H (of the patch, see below); VECTOR (elements laid out at once: it divides W and
+// lead); PAIRS (neighbouring results are stored together: Q is even, and y starts at a word).
 //
-// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows so
-// far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows.
+// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows
+// so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows.
 #include "numbers.cuh"
 #include "runs.cuh"
 
@@ -38,8 +38,9 @@ constexpr bool kPairs = CUCONV_PAIRS;
 
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kHeldRows = kR > 0 ? kR : 1;
-// 128 registers a thread. Left to itself the compiler aims at more blocks a multiprocessor and spills.
-constexpr int kMinBlocks = 512 / kThreads;
+// 128 registers a thread, 168 for the tallest patch. Left to itself the compiler aims at more blocks a multiprocessor and
+// spills.
+constexpr int kMinBlocks = (kRows > 14 ? 384 : 512) / kThreads;
 // The shape of a tensor-core product: units, columns of a window, outputs of a segment.
 constexpr int kUnits = 16;
 constexpr int kStep = 16;
@@ -47,6 +48,26 @@ constexpr int kSegment = 8;
 // Of one k-step's band every lane has two words.
 constexpr int kBandWords = 2 * kWarp;
 constexpr uint32 kAllLanes = 0xffffffff;
+// Elements laid out at once, as integers, since the compiler stores a structure of halves half by half.
+template <int kElements>
+struct PieceOf;
+template <>
+struct PieceOf<1> {
+  using type = uint16;
+};
+template <>
+struct PieceOf<2> {
+  using type = uint32;
+};
+template <>
+struct PieceOf<4> {
+  using type = uint64;
+};
+template <>
+struct PieceOf<8> {
+  using type = Vector<uint64, 2>;
+};
+using Piece = typename PieceOf<kVector>::type;
 // Rows that a thread loads before it stores them.
 constexpr int kBatch = 4;
 
@@ -62,7 +83,7 @@ struct Parameters {
   int spacing_h;                   // rows from one output of a patch to the next
   int steps;                       // k-steps of a window
   int phase;                       // columns of a window before its first tap
-  int lead;                        // columns of zeros before a row of x in its layout: phase + left; negative: columns left out
+  int lead;                        // zeros before a row of x: phase + left; negative: columns that are left out
   int pitch;                       // elements from one row of the layout to the next
   int plane_pitch;                 // elements from one plane of the layout to the next
   int layout_bytes, bands_bytes;
@@ -138,8 +159,8 @@ __device__ __forceinline__ uint32 low_bits(const T* pointer) {
   return static_cast<uint32>(reinterpret_cast<uint64>(pointer));
 }
 
-// How far behind a boundary of 16 bytes the run of this image starts, and its copy: `first` is where the run of the first
-// image starts, others `apart` bytes apart. Only the lowest bits matter.
+// How far behind a boundary of 16 bytes the run of this image starts, and its copy: `first` is where the run of the
+// first image starts, the others follow `apart` bytes apart. Only the lowest bits matter.
 __device__ __forceinline__ int run_shift(uint32 first, uint32 apart, int image) {
   return static_cast<int>((first + static_cast<uint32>(image) * apart) % kBulkAlignment);
 }
@@ -148,7 +169,6 @@ __device__ __forceinline__ int run_shift(uint32 first, uint32 apart, int image) 
 // The rows of an image's planes count as one sequence.
 __device__ __forceinline__ void lay_out(const Parameters& g, const unsigned char* runs, uint32 first_run, uint32 apart,
                                         T* layout, int images, int planes, int top_row, int low, int rows, int thread) {
-  using Piece = Vector<T, kVector>;
   const int lanes = 1 << g.row_shift;
   const int lane_row = thread % kWarp >> g.row_shift;
   const int lane_vector = thread & (lanes - 1);
@@ -163,31 +183,29 @@ __device__ __forceinline__ void lay_out(const Parameters& g, const unsigned char
   // From the last row of a plane to the first of the next one there are so many elements more than from row to row.
   const int plane_gap = (g.H - rows) * g.W;
   const int layout_plane_gap = g.block_images * g.plane_pitch - rows * g.pitch;
-  runs += skipped * sizeof(T);
-  layout += (low - top_row) * g.pitch + g.lead + skipped;
+  const int first_column = (low - top_row) * g.pitch + g.lead + skipped;
 #pragma unroll 1
   for (int part = thread / kWarp; part < images * parts; part += kWarps) {
     const int image = divide(part, parts_magic);
     const int first = (part - image * parts) * kBatch * pass_rows + lane_row;
     const T* const run = reinterpret_cast<const T*>(runs + image * g.input_bytes + run_shift(first_run, apart, image));
     T* const image_layout = layout + image * g.plane_pitch;
-    const T* source[kBatch];
-    T* destination[kBatch];
+    int source[kBatch], destination[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
+      // A row behind the last is the last one, stored again.
       const int row = min(first + b * pass_rows, image_rows - 1);
       const int plane = divide(row, rows_magic);
-      source[b] = run + row * g.W + plane * plane_gap;
-      destination[b] = image_layout + row * g.pitch + plane * layout_plane_gap;
+      source[b] = row * g.W + plane * plane_gap + skipped;
+      destination[b] = row * g.pitch + plane * layout_plane_gap + first_column;
     }
 #pragma unroll 1
-    for (int v = lane_vector; v < vectors; v += lanes) {
+    for (int column = lane_vector * kVector; column < vectors * kVector; column += lanes * kVector) {
       Piece piece[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) piece[b] = reinterpret_cast<const Piece*>(source[b])[v];
-      // A row behind the last is the last one, stored again.
+      for (int b = 0; b < kBatch; ++b) piece[b] = *reinterpret_cast<const Piece*>(run + source[b] + column);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) reinterpret_cast<Piece*>(destination[b])[v] = piece[b];
+      for (int b = 0; b < kBatch; ++b) *reinterpret_cast<Piece*>(image_layout + destination[b] + column) = piece[b];
     }
   }
 }
@@ -216,8 +234,8 @@ __device__ __forceinline__ void convolve(const Parameters& g, const T* window, c
         }
       }
     } else {
-      // Kernel rows r, r + kStrideH, ... meet rows of x that overlap: each meets kRows of them, all but one of which the
-      // next one meets again. They are kept in a ring.
+      // Kernel rows r, r + kStrideH, ... meet rows of x that overlap: each meets kRows of them, all but one of which
+      // the next one meets again. They are kept in a ring.
 #pragma unroll 1
       for (int phase = 0; phase < min(kStrideH, g.R); ++phase) {
         const int count = (g.R - phase + kStrideH - 1) / kStrideH;
@@ -273,8 +291,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   unsigned char* const input = shared + g.layout_bytes + g.bands_bytes;
   unsigned char* const output = input + g.block_images * g.input_bytes;
 
-  // The output rows [p0, p0 + rows) of planes [k0, k0 + planes) of every image need the input rows [low, high) of planes
-  // [c0, c0 + inputs), where they exist.
+  // The output rows [p0, p0 + rows) of planes [k0, k0 + planes) of every image need the input rows [low, high) of
+  // planes [c0, c0 + inputs), where they exist.
   const int p0 = static_cast<int>(blockIdx.x) * g.block_rows;
   const int rows = min(g.block_rows, g.P - p0);
   const int k0 = static_cast<int>(blockIdx.y) * g.block_planes;

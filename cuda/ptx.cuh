@@ -90,9 +90,9 @@ __device__ __forceinline__ uint32 floats_to_bfloat16_pair(float lower, float upp
 
 #if __CUDA_ARCH__ >= 800
 
-// Four 8x8 matrices of 16-bit elements from shared memory, by all lanes of a warp. Lanes 8m to 8m + 7 give the addresses
-// of the rows of matrix m, 16 bytes each and aligned to as many; lane l gets elements 2 (l % 4) and the next of row l / 4
-// of matrix m in piece[m].
+// Four 8x8 matrices of 16-bit elements from shared memory, by all lanes of a warp. Lanes 8m to 8m + 7 give the
+// addresses of the rows of matrix m, 16 bytes each and aligned to as many; lane l gets elements 2 (l % 4) and the next
+// of row l / 4 of matrix m in piece[m].
 __device__ __forceinline__ void load_matrices(const void* row, uint32 (&piece)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(piece[0]), "=r"(piece[1]), "=r"(piece[2]), "=r"(piece[3])
