@@ -3,8 +3,8 @@
 //
 // A segment is kSegment neighbouring outputs of a row. Its inputs of one kernel row lie in a window of k-steps of kStep
 // columns, and its outputs are that window times a band: a matrix of kernel row r whose element (k, n) is w[r][s] where
-// k = n * stride_w + s * dilation_w, and zero elsewhere (a Toeplitz matrix). A unit is a segment in each of kRows rows of
-// the output, a patch. The 16 rows of a tensor-core product are 16 units of one channel, of whatever columns, rows and
+// k = n * stride_w + s * dilation_w, and zero elsewhere (a Toeplitz matrix). A unit is a segment in each of kRows
+// rows of the output, a patch. The 16 rows of a tensor-core product are 16 units of one channel, of whatever columns, rows and
 // images: every input row that they need is loaded once, for all output rows of the patch.
 //
 // A block owns a run of the output in each of several images: some rows of a plane, or some whole neighbouring planes.
@@ -38,8 +38,8 @@ constexpr bool kPairs = CUCONV_PAIRS;
 
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kHeldRows = kR > 0 ? kR : 1;
-// 128 registers a thread, 168 for the tallest patch. Left to itself the compiler aims at more blocks a multiprocessor and
-// spills.
+// 128 registers a thread, 168 for the tallest patch. Left to itself the compiler aims at more blocks a multiprocessor
+// and spills.
 constexpr int kMinBlocks = (kRows > 14 ? 384 : 512) / kThreads;
 // The shape of a tensor-core product: units, columns of a window, outputs of a segment.
 constexpr int kUnits = 16;
