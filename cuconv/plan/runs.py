@@ -140,6 +140,13 @@ def dgrad_as_forward(g: Conv2dGeometry) -> tuple[Conv2dGeometry, Spread]:
     return as_forward, Spread(g.stride, (first[0], first[1]))
 
 
+def dense_dgrad_as_forward(g: Conv2dGeometry) -> Conv2dGeometry:
+    """The same for kernels that know neither a spread input nor sums over input channels."""
+    if g.stride != (1, 1) or g.multiplier > 1:
+        raise Unsuitable(f"takes stride 1 and multiplier 1 here, and has {g.stride} and {g.multiplier}")
+    return dgrad_as_forward(g)[0]
+
+
 def _plan(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, spread: Spread, turned: bool) -> Plan:
     if target.architecture < 90:
         raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")

@@ -20,7 +20,7 @@ from .base import (
     magic,
     plane_parameters,
 )
-from .runs import dgrad_as_forward
+from .runs import dense_dgrad_as_forward
 
 # A tensor-core product is units x k-steps x outputs of a segment.
 _UNITS, _STEP, _SEGMENT = 16, 16, 8
@@ -107,7 +107,7 @@ def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned
 
 def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
     """The plan of dx as a convolution of dy."""
-    return forward(dgrad_as_forward(g), dtype, target, aligned, turned=True)
+    return forward(dense_dgrad_as_forward(g), dtype, target, aligned, turned=True)
 
 
 def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
