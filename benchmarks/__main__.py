@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.cases, options.dtypes = options.cases or list(_QUICK_CASES), options.dtypes or ["float32"]
         options.peers = False
     cases = selected(options.cases or CASE_NAMES, options.dtypes or list(DTYPES))
-    todo = to_measure(options.passes, cases)
+    todo = to_measure(options.passes, cases, options.layouts)
     result = run(todo, peers.NAMES if options.peers else (), options.variant, options.peer_seconds)
     print(report.markdown(result, options.name))
     report.write(result, options.out, options.name)
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cases", nargs="+", metavar="CASE", choices=CASE_NAMES, help=f"of {cases}; a name brings its +bias along")
     add("--dtypes", nargs="+", choices=DTYPES)
     add("--passes", nargs="+", choices=passes, default=passes)
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the arrays in memory")
     add("--variant", choices=plan.VARIANTS, help="force a kernel; what it cannot run is left out")
     add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch and JAX too")
     add(
@@ -76,15 +77,15 @@ def _parser() -> argparse.ArgumentParser:
 Todo = tuple[str, str, Case, str, str]
 
 
-def to_measure(passes: Sequence[str], cases: Sequence[tuple[Case, str]]) -> list[Todo]:
-    """Every (case, dtype) in each of the passes, where it has a result of its own."""
+def to_measure(passes: Sequence[str], cases: Sequence[tuple[Case, str]], layouts: Sequence[str]) -> list[Todo]:
+    """Every (case, dtype) in each of the passes, where it has a result of its own, and layouts."""
     return [
         (op, name, case, dtype, layout)
         for op, name in PASSES
         if name in passes
         for case, dtype in cases
         if has_pass(case, name)
-        for layout in LAYOUTS
+        for layout in layouts
     ]
 
 

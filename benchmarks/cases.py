@@ -29,7 +29,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 FLOAT64_CASES = ("kb82", "odd")
 
 # The order of the axes N, C, H, W in memory, slowest first.
-LAYOUTS = {"nchw": (0, 1, 2, 3)}
+LAYOUTS = {"nchw": (0, 1, 2, 3), "nhwc": (0, 2, 3, 1)}
 
 
 def selected(cases: list[str], dtypes: list[str]) -> list[tuple[Case, str]]:

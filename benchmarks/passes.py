@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from cuconv import depthwise_conv2d, depthwise_conv2d_dgrad, kernels, measure, plan
 from cuconv.cases import Case
+from cuconv.geometry import Conv2dGeometry
 
 from . import peers
 from .cases import LAYOUTS
@@ -54,7 +55,7 @@ def depthwise_forward(case: Case, dtype: str, layout: str, timer: measure.Timer)
         weights=[w] if bias is None else [w, bias],
         run=lambda x, y: depthwise_conv2d(x, w, bias, out=y, **case.options),
         error=lambda x, y: measure.slice_error(y, x, w, bias, geometry),
-        kernel=plan.depthwise_forward(geometry, dtype, kernels.target(w.device.id), plan.forced_variant()).source,
+        kernel=_kernel(plan.depthwise_forward, geometry, dtype, layout, w),
         peers=peers.forward(case, xs, w, bias),
     )
 
@@ -69,9 +70,15 @@ def depthwise_dgrad(case: Case, dtype: str, layout: str, timer: measure.Timer) -
         weights=[w],
         run=lambda dy, dx: depthwise_conv2d_dgrad(dy, w, geometry.x_shape, out=dx, **case.options),
         error=lambda dy, dx: measure.dgrad_slice_error(dx, dy, w, geometry),
-        kernel=plan.depthwise_dgrad(geometry, dtype, kernels.target(w.device.id), plan.forced_variant()).source,
+        kernel=_kernel(plan.depthwise_dgrad, geometry, dtype, layout, w),
         peers=peers.dgrad(case, dys, w),
     )
+
+
+def _kernel(make: Callable[..., plan.Plan], geometry: Conv2dGeometry, dtype: str, layout: str, w: Any) -> str:
+    """The source of the kernel that a call on arrays in the layout takes."""
+    geometry = replace(geometry, channels_last=layout == "nhwc")
+    return make(geometry, dtype, kernels.target(w.device.id), plan.forced_variant()).source
 
 
 def _random(shape: tuple[int, ...], dtype: str, seed: int) -> Any:

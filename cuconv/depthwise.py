@@ -31,18 +31,22 @@ def depthwise_conv2d(
     ----------
     x : (N, C, H, W) float16, bfloat16, float32 or float64
         A NumPy array, computed by the reference, or a CuPy array, computed on its GPU and on the current stream.
-        One that is not C-contiguous is copied once on the GPU.
+        On the GPU it may lie in memory as (N, C, H, W) or channels-last, as (N, H, W, C); its strides tell, as in
+        PyTorch, and where they are both (C = 1, or H = W = 1) it counts as the former. With any other strides it is
+        copied once, to (N, C, H, W).
     w : (C*M, 1, R, S), the dtype of x
         Output channel c*M + m belongs to input channel c; M >= 1 is the depth multiplier.
     bias : (C*M,), the dtype of x, optional
     stride, dilation : int or (rows, columns)
     padding : int, (rows, columns), ((top, bottom), (left, right)), "same" (stride 1) or "valid"
     out : (N, C*M, P, Q), the dtype of x, optional
-        Where the result is written; any strides that do not overlap, and no memory of an input.
+        Where the result is written; any strides that do not overlap, and no memory of an input. One that does not lie
+        as x does is written by one more copy.
 
     Returns
     -------
     y : (N, C*M, P, Q), the dtype of x
+        On the GPU channels-last where x is, C-contiguous everywhere else; or out.
         ``P = (H + top + bottom - dilation*(R - 1) - 1) // stride + 1``, Q likewise. Sums are made in float32, for
         float64 in float64 (NumPy arrays: always float64), and rounded once.
 
@@ -71,7 +75,10 @@ def depthwise_conv2d(
     # 1. Check.
     module = interop.array_module(x=x, w=w, bias=bias, out=out)
     dtype = check_dtypes(x=x, w=w, bias=bias)
-    geometry = depthwise_geometry(x.shape, w.shape, stride=stride, padding=padding, dilation=dilation)
+    channels_last = module is not np and interop.channels_last(x)
+    geometry = depthwise_geometry(
+        x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, channels_last=channels_last
+    )
     if bias is not None:
         check_shape("bias", bias, (geometry.K,), "one value for each output channel")
     device = None if module is np else interop.one_device(x=x, w=w, bias=bias, out=out)
@@ -82,9 +89,9 @@ def depthwise_conv2d(
         return reference.depthwise_conv2d(x, w, bias, geometry, out)
     with device:
         # 2. Allocate.
-        x, w = interop.contiguous(x), interop.contiguous(w)
+        x, w = interop.contiguous(x, channels_last), interop.contiguous(w)
         bias = None if bias is None else interop.contiguous(bias)
-        y = interop.output(out, module, geometry.y_shape, x.dtype)
+        y = interop.output(out, module, geometry.y_shape, x.dtype, channels_last)
         if geometry.N:
             # 3. Plan.
             aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
@@ -117,18 +124,21 @@ def depthwise_conv2d_dgrad(
     Parameters
     ----------
     dy : (N, C*M, P, Q) float16, bfloat16, float32 or float64
-        The gradient with respect to the convolution's output. A NumPy or a CuPy array, as in depthwise_conv2d.
+        The gradient with respect to the convolution's output. A NumPy or a CuPy array, its layout as that of x in
+        depthwise_conv2d.
     w : (C*M, 1, R, S), the dtype of dy
     x_shape : (N, C, H, W)
         The input's shape, which dy does not tell at strides above 1.
     stride, padding, dilation
         As they were in depthwise_conv2d.
     out : (N, C, H, W), the dtype of dy, optional
-        Where the result is written; any strides that do not overlap, and no memory of an input.
+        Where the result is written; any strides that do not overlap, and no memory of an input. One that does not lie
+        as dy does is written by one more copy.
 
     Returns
     -------
     dx : (N, C, H, W), the dtype of dy
+        In the layout of dy, as the result of depthwise_conv2d is in that of x.
         Summed and rounded as in depthwise_conv2d.
 
     Raises
@@ -154,7 +164,10 @@ def depthwise_conv2d_dgrad(
     module = interop.array_module(dy=dy, w=w, out=out)
     dtype = check_dtypes(dy=dy, w=w)
     x_shape = shape_argument("x_shape", x_shape)
-    geometry = depthwise_geometry(x_shape, w.shape, stride=stride, padding=padding, dilation=dilation)
+    channels_last = module is not np and interop.channels_last(dy)
+    geometry = depthwise_geometry(
+        x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, channels_last=channels_last
+    )
     check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
     device = None if module is np else interop.one_device(dy=dy, w=w, out=out)
     if out is not None:
@@ -164,8 +177,8 @@ def depthwise_conv2d_dgrad(
         return reference.depthwise_conv2d_dgrad(dy, w, geometry, out)
     with device:
         # 2. Allocate.
-        dy, w = interop.contiguous(dy), interop.contiguous(w)
-        dx = interop.output(out, module, geometry.x_shape, dy.dtype)
+        dy, w = interop.contiguous(dy, channels_last), interop.contiguous(w)
+        dx = interop.output(out, module, geometry.x_shape, dy.dtype, channels_last)
         if geometry.N:
             # 3. Plan.
             aligned = (dy.data.ptr | dx.data.ptr) % plan.VECTOR_BYTES == 0
@@ -248,7 +261,10 @@ def depthwise_conv2d_wgrad(
     module = interop.array_module(dy=dy, x=x, out=dw_out, dbias=dbias_out, workspace=workspace)
     dtype = check_dtypes(dy=dy, x=x)
     w_shape = shape_argument("w_shape", w_shape)
-    geometry = depthwise_geometry(x.shape, w_shape, stride=stride, padding=padding, dilation=dilation)
+    channels_last = module is not np and interop.channels_last(dy) and interop.channels_last(x)
+    geometry = depthwise_geometry(
+        x.shape, w_shape, stride=stride, padding=padding, dilation=dilation, channels_last=channels_last
+    )
     check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
     inputs = {"dy": dy, "x": x}
     device = None if module is np else interop.one_device(**inputs, out=dw_out, dbias=dbias_out, workspace=workspace)
@@ -264,7 +280,7 @@ def depthwise_conv2d_wgrad(
         return reference.depthwise_conv2d_wgrad(dy, x, bias, geometry, dw_out, dbias_out)
     with device:
         # 2. Allocate.
-        dy, x = interop.contiguous(dy), interop.contiguous(x)
+        dy, x = (interop.contiguous(array, channels_last) for array in (dy, x))
         dw = interop.output(dw_out, module, geometry.w_shape, dy.dtype)
         dbias = interop.output(dbias_out, module, (geometry.K,), dy.dtype) if bias else None
         if geometry.N:

@@ -42,6 +42,8 @@ class Conv2dGeometry:
     stride: Pair
     padding: Padding
     dilation: Pair
+    # Whether x and y lie in memory as (N, H, W, C) and (N, P, Q, K); w always as its shape says.
+    channels_last: bool = False
 
     @property
     def multiplier(self) -> int:
@@ -74,15 +76,21 @@ class Conv2dGeometry:
 
 
 def depthwise_geometry(
-    x_shape: Any, w_shape: Any, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+    x_shape: Any,
+    w_shape: Any,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    channels_last: bool = False,
 ) -> Conv2dGeometry:
-    """The geometry of a depthwise convolution of arrays x and w of these shapes.
+    """The geometry of a depthwise convolution of arrays x and w of these shapes; channels_last says how x and y lie.
 
     Raises TypeError or ValueError, in words, for every input that has no such convolution.
     """
     stride = _pair("stride", stride, minimum=1)
     dilation = _pair("dilation", dilation, minimum=1)
-    return _depthwise_geometry(tuple(x_shape), tuple(w_shape), stride, _padding(padding), dilation)
+    return _depthwise_geometry(tuple(x_shape), tuple(w_shape), stride, _padding(padding), dilation, channels_last)
 
 
 def shape_argument(name: str, shape: Any) -> tuple[int, ...]:
@@ -153,7 +161,12 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: Any) -> None:
 
 @lru_cache(maxsize=4096)
 def _depthwise_geometry(
-    x_shape: tuple[int, ...], w_shape: tuple[int, ...], stride: Pair, padding: Padding | str, dilation: Pair
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    stride: Pair,
+    padding: Padding | str,
+    dilation: Pair,
+    channels_last: bool,
 ) -> Conv2dGeometry:
     if len(x_shape) != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), and has {len(x_shape)}: {x_shape}")
@@ -177,7 +190,7 @@ def _depthwise_geometry(
         elements = shape[0] * shape[1] * shape[2] * shape[3]
         if elements > MAX_ELEMENTS:
             raise ValueError(f"{name} must have fewer than 2**40 elements, and has {elements}: {shape}")
-    return Conv2dGeometry(N, C, H, W, K, R, S, P, Q, stride, padding, dilation)
+    return Conv2dGeometry(N, C, H, W, K, R, S, P, Q, stride, padding, dilation, channels_last)
 
 
 def _output_extent(name: str, extent: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:

@@ -1,4 +1,4 @@
-"""The door: whose array is this, asked without importing anyone."""
+"""The door: whose array is this, and how does it lie in memory, asked without importing anyone."""
 
 from __future__ import annotations
 
@@ -36,19 +36,43 @@ def array_module(**arrays: Any) -> ModuleType:
     return owner
 
 
-def contiguous(array: Any) -> Any:
-    """The CuPy array itself where it is C-contiguous and aligned to its element, a copy otherwise."""
-    return array if is_contiguous(array) else array.copy("C")
+def channels_last(array: Any) -> bool:
+    """Whether the array (N, C, H, W) lies in memory as (N, H, W, C), and not as (N, C, H, W) at the same time: with one
+    channel, or one row and column, it is both."""
+    return array.ndim == 4 and not array.flags.c_contiguous and bool(_nhwc(array).flags.c_contiguous)
 
 
-def is_contiguous(array: Any) -> bool:
-    """Whether a kernel can read or write the CuPy array as it lies."""
-    return bool(array.flags.c_contiguous) and array.data.ptr % array.dtype.itemsize == 0
+def contiguous(array: Any, channels_last: bool = False) -> Any:
+    """The CuPy array itself where it is dense in this layout and aligned to its element, a copy in it otherwise."""
+    if is_contiguous(array, channels_last):
+        return array
+    return _nchw(_nhwc(array).copy("C")) if channels_last else array.copy("C")
 
 
-def output(out: Any, module: ModuleType, shape: tuple[int, ...], dtype: Any) -> Any:
-    """What a kernel writes to: `out` where it can, otherwise a new CuPy array."""
-    return out if out is not None and is_contiguous(out) else module.empty(shape, dtype)
+def is_contiguous(array: Any, channels_last: bool = False) -> bool:
+    """Whether a kernel for this layout can read or write the CuPy array as it lies."""
+    flags = _nhwc(array).flags if channels_last else array.flags
+    return bool(flags.c_contiguous) and array.data.ptr % array.dtype.itemsize == 0
+
+
+def output(out: Any, module: ModuleType, shape: tuple[int, ...], dtype: Any, channels_last: bool = False) -> Any:
+    """What a kernel for this layout writes to: `out` where it can, otherwise a new CuPy array (N, C, H, W)."""
+    if out is not None and is_contiguous(out, channels_last):
+        return out
+    if channels_last:
+        N, C, H, W = shape
+        return _nchw(module.empty((N, H, W, C), dtype))
+    return module.empty(shape, dtype)
+
+
+def _nhwc(array: Any) -> Any:
+    """The array (N, C, H, W) seen as (N, H, W, C)."""
+    return array.transpose(0, 2, 3, 1)
+
+
+def _nchw(array: Any) -> Any:
+    """The array (N, H, W, C) seen as (N, C, H, W)."""
+    return array.transpose(0, 3, 1, 2)
 
 
 def workspace(given: Any, module: ModuleType, size: int) -> Any:

@@ -1,16 +1,18 @@
-// Depthwise convolution, gradients of the weights and the bias, NCHW, a block for each: every geometry, on every
+// Depthwise convolution, gradients of the weights and the bias, a block for each: every geometry and layout, on every
 // architecture from sm_75 up.
 //
 // It takes the addresses that depthwise_wgrad_runs takes, the workspace among them, which it does not need.
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); INDEX, the integer that counts elements: int where every
-// tensor is below 2^31 of them.
+// tensor is below 2^31 of them; CHANNELS_LAST (dy and x lie in memory as NHWC, and not as NCHW).
+#include "direct.cuh"
 #include "numbers.cuh"
 
 using T = CUCONV_T;
 using Sum = Accumulator<T>;
 using Index = CUCONV_INDEX;
 constexpr bool kBias = CUCONV_BIAS;
+constexpr bool kChannelsLast = CUCONV_CHANNELS_LAST;
 constexpr int kThreads = 128;
 
 struct Parameters {
@@ -43,14 +45,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const int q = static_cast<int>(index % g.Q);
     const int p = static_cast<int>(index / g.Q % g.P);
     const int64 n = index / g.Q / g.P;
-    const Sum gradient = widen(dy[((n * g.K + k) * g.P + p) * g.Q + q]);
+    const Plane<T, kChannelsLast> gradients(dy, n, k, g.K, static_cast<int64>(g.P) * g.Q);
+    const Sum gradient = widen(gradients[static_cast<int64>(p) * g.Q + q]);
     if (tap == taps) {
       sum += gradient;
     } else {
       const int row = p * g.stride_h - g.top + r * g.dilation_h;
       const int column = q * g.stride_w - g.left + s * g.dilation_w;
       const bool exists = row >= 0 && row < g.H && column >= 0 && column < g.W;
-      sum = fma(exists ? widen(x[((n * C + c) * g.H + row) * g.W + column]) : Sum(0), gradient, sum);
+      const Plane<T, kChannelsLast> plane(x, n, c, C, static_cast<int64>(g.H) * g.W);
+      sum = fma(exists ? widen(plane[static_cast<int64>(row) * g.W + column]) : Sum(0), gradient, sum);
     }
   }
   sums[thread] = sum;

@@ -69,20 +69,39 @@ struct alignas(kCount * sizeof(Piece)) Vector {
 template <class T, int kCount>
 constexpr bool kInPairs = sizeof(T) == 2 && kCount % 2 == 0;
 
-// kCount elements, widened, or zeros where `present` is false; `source` is a multiple of kCount elements.
+// kCount elements as they are loaded.
+template <class T, int kCount, bool kPairs = kInPairs<T, kCount>>
+struct PackedOf {
+  using type = Vector<T, kCount>;
+};
+template <class T, int kCount>
+struct PackedOf<T, kCount, true> {
+  using type = Vector<uint32, kCount / 2>;
+};
+template <class T, int kCount>
+using Packed = typename PackedOf<T, kCount>::type;
+
+// kCount elements, or zeros where `present` is false; `source` is a multiple of kCount elements.
+template <int kCount, class T>
+__device__ __forceinline__ Packed<T, kCount> load_packed(const T* source, bool present) {
+  return present ? *reinterpret_cast<const Packed<T, kCount>*>(source) : Packed<T, kCount>{};
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void widen_packed(const Packed<T, kCount>& packed, Accumulator<T> (&value)[kCount]) {
+  if constexpr (kInPairs<T, kCount>) {
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2) widen_pair(T{}, packed.piece[e / 2], value[e], value[e + 1]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) value[e] = widen(packed.piece[e]);
+  }
+}
+
+// load_packed, widened.
 template <int kCount, class T>
 __device__ __forceinline__ void load_widened(const T* source, bool present, Accumulator<T> (&value)[kCount]) {
-  if constexpr (kInPairs<T, kCount>) {
-    using Words = Vector<uint32, kCount / 2>;
-    const Words words = present ? *reinterpret_cast<const Words*>(source) : Words{};
-#pragma unroll
-    for (int e = 0; e < kCount; e += 2) widen_pair(T{}, words.piece[e / 2], value[e], value[e + 1]);
-  } else {
-    using Elements = Vector<T, kCount>;
-    const Elements elements = present ? *reinterpret_cast<const Elements*>(source) : Elements{};
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) value[e] = widen(elements.piece[e]);
-  }
+  widen_packed<T, kCount>(load_packed<kCount>(source, present), value);
 }
 
 // kCount values, narrowed; `destination` is a multiple of kCount elements.

@@ -47,6 +47,15 @@ __device__ __forceinline__ uint16 float_to_bfloat16(float value) {
 #endif
 }
 
+// The address in global memory, of which the compiler now knows no more than that: it would otherwise take the sum apart,
+// and put every address that is made from this one together again from more parts.
+template <class T>
+__device__ __forceinline__ T* as_it_is(T* address) {
+  size_t global = __cvta_generic_to_global(address);
+  asm("" : "+l"(global));
+  return static_cast<T*>(__cvta_global_to_generic(global));
+}
+
 __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }

@@ -46,20 +46,29 @@ class Backend:
     def target(self) -> Any:
         return kernels.target(0)
 
-    def array(self, host: np.ndarray | None) -> Any:
-        return None if host is None else self.module.asarray(host)
+    def array(self, host: np.ndarray | None, layout: str = "nchw") -> Any:
+        """The same values on the device; of four axes, in memory as the layout says."""
+        if host is None or layout == "nchw":
+            return None if host is None else self.module.asarray(host)
+        return self.module.asarray(np.ascontiguousarray(host.transpose(0, 2, 3, 1))).transpose(0, 3, 1, 2)
 
-    def guarded(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Any, Guards]:
+    def guarded(self, shape: tuple[int, ...], dtype: np.dtype, layout: str = "nchw") -> tuple[Any, Guards]:
         """An output full of NaN between two bands that must stay as they are."""
         size = int(np.prod(shape))
         memory = self.module.empty(size + 2 * GUARD, dtype)
         memory.view(np.uint8).fill(0xFF)
-        return memory[GUARD : GUARD + size].reshape(shape), Guards(memory[:GUARD], memory[GUARD + size :], self)
+        guards = Guards(memory[:GUARD], memory[GUARD + size :], self)
+        if layout == "nchw":
+            return memory[GUARD : GUARD + size].reshape(shape), guards
+        N, C, H, W = shape
+        return memory[GUARD : GUARD + size].reshape(N, H, W, C).transpose(0, 3, 1, 2), guards
 
-    def launch(self, plan: Any, x: Any, w: Any, bias: Any, y_shape: tuple[int, ...]) -> np.ndarray:
+    def launch(
+        self, plan: Any, x: Any, w: Any, bias: Any, y_shape: tuple[int, ...], layout: str = "nchw"
+    ) -> np.ndarray:
         """Run one plan on host arrays, into a poisoned result between guards."""
-        arrays = [self.array(a) for a in (x, w, bias)]
-        y, guards = self.guarded(y_shape, x.dtype)
+        arrays = [self.array(x, layout), self.array(w), self.array(bias)]
+        y, guards = self.guarded(y_shape, x.dtype, layout)
         kernels.load(plan, 0)(*(0 if a is None else a.data.ptr for a in arrays), y.data.ptr)
         guards.assert_untouched()
         return self.host(y)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import direct, runs, tiles, toeplitz, wgrad
+from . import channels_last, direct, runs, tiles, toeplitz, wgrad
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -35,8 +35,20 @@ __all__ = [
 ]
 
 # Of every pass its variants, the preferred one first: the first that suits is taken.
-_FORWARD = {"runs": runs.forward, "toeplitz": toeplitz.forward, "tiles": tiles.forward, "direct": direct.forward}
-_DGRAD = {"runs": runs.dgrad, "toeplitz": toeplitz.dgrad, "tiles": tiles.dgrad, "direct": direct.dgrad}
+_FORWARD = {
+    "runs": runs.forward,
+    "channels_last": channels_last.forward,
+    "toeplitz": toeplitz.forward,
+    "tiles": tiles.forward,
+    "direct": direct.forward,
+}
+_DGRAD = {
+    "runs": runs.dgrad,
+    "channels_last": channels_last.dgrad,
+    "toeplitz": toeplitz.dgrad,
+    "tiles": tiles.dgrad,
+    "direct": direct.dgrad,
+}
 _WGRAD = {"runs": wgrad.runs, "direct": wgrad.direct}
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))

@@ -83,6 +83,12 @@ class Unsuitable(ValueError):
     """The variant cannot run this geometry on this device."""
 
 
+def require_nchw(g: Conv2dGeometry) -> None:
+    """Refuse channels-last arrays."""
+    if g.channels_last:
+        raise Unsuitable("takes arrays (N, C, H, W), and these are channels-last")
+
+
 def plane_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:
     """The Parameters that all kernels of a convolution begin to work from."""
     return (

@@ -23,7 +23,11 @@ def _plan(source: str, g: Conv2dGeometry, dtype: str, channels: tuple[str, int],
     small = max(g.x_size, g.y_size) <= 2**31 - 1
     return Plan(
         source=source,
-        defines=(("T", DTYPES[dtype][0]), ("INDEX", "int" if small else "int64")),
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("INDEX", "int" if small else "int64"),
+            ("CHANNELS_LAST", int(g.channels_last)),
+        ),
         grid=(grid, 1, 1),
         block=_THREADS,
         shared_bytes=0,

@@ -19,6 +19,7 @@ from .base import (
     Unsuitable,
     magic,
     plane_parameters,
+    require_nchw,
 )
 
 # Weights live in registers, and kernels are unrolled over them: beyond this many, the direct kernel.
@@ -148,6 +149,7 @@ def dense_dgrad_as_forward(g: Conv2dGeometry) -> Conv2dGeometry:
 
 
 def _plan(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, spread: Spread, turned: bool) -> Plan:
+    require_nchw(g)
     if target.architecture < 90:
         raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
     if g.R * g.S > MAX_TAPS:

@@ -10,7 +10,17 @@ from itertools import product
 
 from ..geometry import Conv2dGeometry
 from . import runs
-from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable, plane_parameters
+from .base import (
+    DTYPES,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    plane_parameters,
+    require_nchw,
+)
 
 # Rows and columns of a thread's tile: of 7 x 14, a plane of 56 x 56 has one for each lane of a warp.
 _SHAPES = ((7, 14), (4, 14), (2, 28), (2, 14), (8, 8), (7, 8), (7, 7), (4, 16), (4, 8), (2, 16), (4, 4), (1, 8))
@@ -58,6 +68,7 @@ class Tile:
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
+    require_nchw(g)
     if g.R * g.S <= runs.MAX_TAPS:
         raise Unsuitable(f"takes more than {runs.MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
     if g.stride != (1, 1) or g.dilation != (1, 1):

@@ -19,6 +19,7 @@ from .base import (
     Unsuitable,
     magic,
     plane_parameters,
+    require_nchw,
 )
 from .runs import dense_dgrad_as_forward
 
@@ -96,6 +97,7 @@ class Tile:
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
     if DTYPES[dtype][1] != _SIZE:
         raise Unsuitable(f"takes float16 and bfloat16, and the dtype is {dtype}")
+    require_nchw(g)
     if target.architecture < 90:
         raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
     choices = list(tiles(g, aligned, target.shared_per_block - SHARED_RESERVE))

@@ -22,6 +22,7 @@ from .base import (
     Unsuitable,
     magic,
     plane_parameters,
+    require_nchw,
 )
 from .runs import MAX_TAPS, bank_passes, run_bytes
 
@@ -47,7 +48,12 @@ def direct(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
     small = max(g.x_size, g.y_size) <= 2**31 - 1
     sums = Plan(
         source="depthwise_wgrad_direct",
-        defines=(("T", DTYPES[dtype][0]), ("BIAS", int(bias)), ("INDEX", "int" if small else "int64")),
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("BIAS", int(bias)),
+            ("INDEX", "int" if small else "int64"),
+            ("CHANNELS_LAST", int(g.channels_last)),
+        ),
         grid=(blocks, 1, 1),
         block=128,
         shared_bytes=0,
@@ -133,6 +139,7 @@ class Tile:
 
 def runs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
     """Every element of x and dy is read once."""
+    require_nchw(g)
     if target.architecture < 90:
         raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
     if g.R * g.S > MAX_TAPS:

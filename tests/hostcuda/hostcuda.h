@@ -154,6 +154,11 @@ inline uint16 float_to_bfloat16(float value) {
   return uint16((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
 
+template <class T>
+T* as_it_is(T* address) {
+  return address;
+}
+
 inline void half_pair_to_floats(uint32 pair, float& lower, float& upper) {
   lower = half_to_float(uint16(pair));
   upper = half_to_float(uint16(pair >> 16));

@@ -1,0 +1,280 @@
+"""Channels-last arrays (NHWC in memory): see cuda/depthwise_channels_last.cu."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..geometry import Conv2dGeometry, Pair
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable, plane_parameters
+
+# Weights live in registers, and kernels are unrolled over them: beyond this many, the direct kernel.
+MAX_TAPS = 64
+_COLUMNS = (8, 7, 6, 4, 3, 2, 1)
+_DEPTHS = (1, 2, 3)
+# Patches one below the other: fewer go through fewer rows twice, more of them fill more multiprocessors.
+_PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+_THREADS = (128, 256)
+# Of x on its way to a thread, where more than one row is: 384 threads then have 36 KB, and the memory needs about 12.
+_MAX_BYTES_AHEAD = 96
+# Sums on the way, weights, rows of x and what their columns need, in registers of a thread: beyond, the compiler spills
+# or takes more of them than three blocks a multiprocessor have.
+_MAX_VALUES = 118
+# Multiplications of the unrolled rows: beyond, the code outgrows the instruction cache and takes seconds to compile.
+_MAX_PRODUCTS = 2000
+# At larger strides patches share little.
+_MAX_STRIDE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one thread makes, rows x columns outputs of `vector` channels, `depth` rows of x loaded ahead; and how many
+    threads are a block. The rows alone are no compile-time value.
+
+    The rows of a patch are spacing[0] apart, and as a convolution of their own have stride[0]; columns likewise.
+    """
+
+    vector: int
+    rows: int
+    columns: int
+    depth: int
+    threads: int
+    stride: Pair
+    spacing: Pair
+
+
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    _check(g)
+    return _best(g, dtype, target, aligned, transposed=False)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    _check(g)
+    if g.multiplier > 1:
+        raise Unsuitable(f"takes multiplier 1 here, and has {g.multiplier}")
+    if g.stride != (1, 1) and (g.dilation != (1, 1) or max(g.stride) > _MAX_STRIDE):
+        raise Unsuitable(
+            f"takes strides up to {_MAX_STRIDE} without dilation, or dilation without stride here, and has stride "
+            f"{g.stride} and dilation {g.dilation}"
+        )
+    return _best(swapped(g), dtype, target, aligned, transposed=True)
+
+
+def swapped(g: Conv2dGeometry) -> Conv2dGeometry:
+    """The geometry of dx from dy: what is read and what is written change places, all else is the forward pass's."""
+    return replace(g, H=g.P, W=g.Q, P=g.H, Q=g.W)
+
+
+def _check(g: Conv2dGeometry) -> None:
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+
+
+def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, transposed: bool) -> Plan:
+    choices = list(tiles(g, dtype, target, aligned, transposed))
+    if not choices:
+        raise Unsuitable(f"the weights of a block, {g.R} x {g.S} a channel, do not fit shared memory")
+    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile, transposed)), transposed)
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, transposed: bool = False) -> Plan:
+    """The plan of a tile; of the gradient, g is swapped."""
+    groups = g.K // tile.vector
+    column_items, row_items = _items(g, tile, transposed)
+    items = g.N * row_items * column_items * groups
+    blocks = -(-items // tile.threads)
+    # The kernel counts patches, and the pixels of a row of one, in 32-bit integers.
+    if blocks * tile.threads > MAX_GRID[0]:
+        raise Unsuitable(f"{items} patches are more than one launch can count")
+    furthest = max(
+        (extent + count * space) * stride + _span(tile, g, axis, transposed) * dilation
+        for axis, (extent, count, space, stride, dilation) in enumerate(
+            zip((g.P, g.Q), (tile.rows, tile.columns), tile.spacing, g.stride, g.dilation, strict=True)
+        )
+    )
+    across = max(_span(tile, g, 1, transposed) * g.dilation[1], tile.columns * tile.spacing[1]) * g.K
+    if max(furthest, across, 2 * g.K * g.R * g.S) > MAX_GRID[0]:
+        raise Unsuitable(f"{g.Q} columns of {g.K} channels are more than it can count")
+    return Plan(
+        source="depthwise_channels_last",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("TRANSPOSED", int(transposed)),
+            ("MULTIPLIED", int(g.multiplier > 1)),
+            ("THREADS", tile.threads),
+            ("VECTOR", tile.vector),
+            ("COLUMNS", tile.columns),
+            ("DEPTH", tile.depth),
+            ("STRIDE_H", tile.stride[0]),
+            ("STRIDE_W", tile.stride[1]),
+            ("DILATED", int(g.dilation != (1, 1))),
+        ),
+        grid=(blocks, 1, 1),
+        block=tile.threads,
+        shared_bytes=_shared_bytes(g, dtype, tile.vector, tile.threads),
+        parameters=(
+            ("multiplier", g.multiplier),
+            ("K", g.K),
+            *plane_parameters(g),
+            ("spacing_h", tile.spacing[0]),
+            ("spacing_w", tile.spacing[1]),
+            ("rows", tile.rows),
+            ("groups", groups),
+            ("column_items", column_items),
+            ("row_items", row_items),
+            ("items", items),
+            ("groups_magic", reciprocal(groups)[0]),
+            ("column_items_magic", reciprocal(column_items)[0]),
+            ("row_items_magic", reciprocal(row_items)[0]),
+            ("groups_shift", reciprocal(groups)[1]),
+            ("column_items_shift", reciprocal(column_items)[1]),
+            ("row_items_shift", reciprocal(row_items)[1]),
+        ),
+    )
+
+
+def reciprocal(divisor: int) -> Pair:
+    """magic and shift, by which the kernel divides any number below 2**31: see divide there."""
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(2**shift) // divisor), shift
+
+
+def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, transposed: bool = False) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold; of the gradient, g is swapped."""
+    size = DTYPES[dtype][1]
+    # Rows this far apart read rows that are whole dilations apart, so that they can share them.
+    common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
+    spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
+    stride = (g.stride[0] // common[0], g.stride[1] // common[1])
+    widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned and g.multiplier == 1 else 1
+    vectors = [vector for vector in (8, 4, 2, 1) if widest % vector == 0]
+    before = _before(g, transposed)
+    columns_choices = [n for n in _COLUMNS if n % stride[1] == 0 or (not transposed and n == 1)]
+    if not transposed and stride[1] > _MAX_STRIDE:
+        columns_choices = [1]
+    # Of those that span the plane, the lowest.
+    spanning = [n for n in columns_choices if n * spacing[1] >= g.Q + before[1]]
+    columns_choices = [n for n in columns_choices if n not in spanning[:-1]]
+    down = -(-(g.P + before[0]) // spacing[0])
+    unit = stride[0] if transposed else 1
+    rows_choices = {-(-down // (pieces * unit)) * unit for pieces in _PIECES}
+    if not transposed and stride[0] > _MAX_STRIDE:
+        rows_choices = {1}
+    for vector, columns, depth, threads in product(vectors, columns_choices, _DEPTHS, _THREADS):
+        if _shared_bytes(g, dtype, vector, threads) > target.shared_per_block - SHARED_RESERVE:
+            continue
+        for rows in rows_choices:
+            tile = Tile(
+                vector=vector,
+                rows=rows,
+                columns=columns,
+                depth=depth,
+                threads=threads,
+                stride=(stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1),
+                spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
+            )
+            # One column of one channel is a tile of every geometry.
+            if (vector, depth, columns) == (1, 1, columns_choices[-1]) or _fits(tile, g, size, transposed):
+                yield tile
+
+
+def _fits(tile: Tile, g: Conv2dGeometry, size: int, transposed: bool) -> bool:
+    """Whether a thread's registers hold the tile, and the instruction cache its code."""
+    ahead = tile.depth * _span(tile, g, 1, transposed) * tile.vector * size
+    products = _unrolled(tile, g, transposed) * g.R * g.S * tile.columns * tile.vector // tile.stride[0]
+    if transposed:
+        products = products * tile.stride[0] // tile.stride[1]
+    return (
+        (tile.depth == 1 or ahead <= _MAX_BYTES_AHEAD)
+        and products <= _MAX_PRODUCTS
+        and _values(tile, g, size, transposed) <= _MAX_VALUES
+    )
+
+
+def _ring(tile: Tile, g: Conv2dGeometry, transposed: bool) -> int:
+    """kRing: rows of sums on the way."""
+    stride = tile.stride[0]
+    return ((g.R - 1) // stride + 1) * stride if transposed else -(-g.R // stride)
+
+
+def _unrolled(tile: Tile, g: Conv2dGeometry, transposed: bool) -> int:
+    """kUnrolled: rows of x."""
+    ring, stride = _ring(tile, g, transposed), tile.stride[0]
+    return math.lcm(ring // stride if transposed else ring * stride, tile.depth)
+
+
+def _before(g: Conv2dGeometry, transposed: bool) -> Pair:
+    """Rows and columns by which a gradient's first patches begin outside: they begin at whole strides, padding
+    counted."""
+    (top, _), (left, _) = g.padding
+    return (top % g.stride[0], left % g.stride[1]) if transposed else (0, 0)
+
+
+def _items(g: Conv2dGeometry, tile: Tile, transposed: bool) -> Pair:
+    """Patches side by side, and one below the other: one for each of `spacing` beginnings."""
+    before = _before(g, transposed)
+    down = -(-(g.P + before[0]) // (tile.rows * tile.spacing[0])) * tile.spacing[0]
+    across = -(-(g.Q + before[1]) // (tile.columns * tile.spacing[1])) * tile.spacing[1]
+    return across, down
+
+
+def _span(tile: Tile, g: Conv2dGeometry, axis: int, transposed: bool) -> int:
+    """Rows (axis 0) or columns (1) of x that a patch needs, in units of the dilation: kSpanH and kSpanW."""
+    count, taps, stride = (tile.rows, tile.columns)[axis], (g.R, g.S)[axis], tile.stride[axis]
+    if transposed:
+        return (taps - 1) // stride + (count - 1) // stride + 1
+    return (count - 1) * stride + taps
+
+
+def _shared_bytes(g: Conv2dGeometry, dtype: str, vector: int, threads: int) -> int:
+    """The weights of a block's channels."""
+    return min(g.K, threads * vector) * g.R * g.S * DTYPES[dtype][1]
+
+
+def _values(tile: Tile, g: Conv2dGeometry, size: int, transposed: bool) -> int:
+    """Registers that a thread's sums on the way, its weights and its rows of x take."""
+    words = max(1, size // 4)
+    row = _span(tile, g, 1, transposed)
+    widened = (_ring(tile, g, transposed) * tile.columns + g.R * g.S + row) * words
+    return tile.vector * widened + tile.depth * row * max(1, tile.vector * size // 4) + 2 * row
+
+
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed: bool) -> float:
+    """What ranks tiles: issue slots an output, and what else takes time in the same unit.
+
+    The weights are counts and estimates, not yet fitted to measured times.
+    """
+    size = DTYPES[dtype][1]
+    rows, columns = (_span(tile, g, axis, transposed) for axis in (0, 1))
+    outputs = tile.rows * tile.columns * tile.vector
+    column_items, row_items = _items(g, tile, transposed)
+    items = g.N * row_items * column_items * (g.K // tile.vector)
+    idle = items * outputs / g.y_size
+    narrow = size == 2
+    # Loads, their addresses, zeros where they fall outside, conversions, bounds.
+    row_slots = columns * (4 + tile.vector * size / 8 + tile.vector * narrow) + 4
+    stores = tile.columns * (4 + tile.vector / 2 * narrow) + 3
+    fixed = 180 + 2.5 * g.R * g.S * tile.vector
+    # Rows of x that the patch's neighbours need too meet sums in vain.
+    products = rows * g.R * g.S * max(1, size // 4) / (tile.rows * (g.stride[1] if transposed else tile.stride[0]))
+    slots = (rows * row_slots + tile.rows * stores + fixed) / outputs + products
+    # 128 bytes a pass through L1.
+    passes = max(1, tile.vector * size / 4) * (rows * columns + tile.rows * tile.columns) / outputs
+    registers = min(255, 28 + 1.05 * _values(tile, g, size, transposed))
+    resident = max(1, min(2048 // tile.threads, int(65536 / registers) // tile.threads))
+    # x and y once each, the rows that patches share once more out of L2.
+    moved = size * (1 + g.x_size / g.y_size * (1 + 0.15 * (rows / (tile.rows * tile.stride[0]) - 1)))
+    # About 12 KB must be on their way to a multiprocessor for its share of the bandwidth.
+    flight = resident * tile.threads * tile.depth * columns * tile.vector * size
+    busy = 1 - math.exp(-0.5 * resident * tile.threads / 128)
+    waves = -(-items // tile.threads) / (target.multiprocessors * resident)
+    issue = slots * idle / busy + 0.3 * passes * idle
+    # At the memory's bandwidth a multiprocessor moves a byte in the time of 7 issue slots.
+    memory = 7 * moved * (1 + 6000 / flight)
+    return (max(issue, memory) + 0.3 * min(issue, memory)) * (1 + 0.27 / waves)
