@@ -284,7 +284,7 @@ def test_every_kind_of_tile_of_wgrad(device, rng, dtype):
     ):
         dy, x = gradients(rng, x_shape, w_shape, dtype, numbers)
         g = cuconv.geometry.depthwise_geometry(x_shape, w_shape, **numbers)
-        tiles = list(wgrad.tiles(g, dtype, True, device.target, aligned=True))
+        tiles = list(wgrad.tiles_of_runs(g, dtype, True, device.target, aligned=True))
         for tile in each_feature_once(g, tiles):
             chosen = wgrad.tile_plan(g, dtype, True, device.target, tile)
             dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (w_shape, w_shape[:1]))

@@ -49,7 +49,7 @@ _DGRAD = {
     "tiles": tiles.dgrad,
     "direct": direct.dgrad,
 }
-_WGRAD = {"runs": wgrad.runs, "direct": wgrad.direct}
+_WGRAD = {"runs": wgrad.runs, "tiles": wgrad.tiles, "direct": wgrad.direct}
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
 

@@ -28,6 +28,8 @@ MAX_TAPS = 64
 # networks have most.
 _ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
 _COLUMNS = (4, 2, 1)
+# Of rows without vectors, too: with odd numbers, the lanes of a scalar load meet different banks of shared memory.
+_UNALIGNED_COLUMNS = (7, 5, 3, 4, 2, 1)
 # Rows of up to this many outputs may be one thread's.
 _MAX_WIDTH = 16
 # Sums, weights and one row of input that a thread may hold, in registers: beyond, the compiler spills.
@@ -259,7 +261,9 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
     # Of a spread x, every patch has whole spreads.
     (by_h, by_w), (first_h, first_w) = spread.by, spread.first
     summed = _summed(g)
-    columns_choices = [by_w * c for c in _COLUMNS if c == 1 or (stride[1] <= 2 and (by_w * c - 1) * spacing[1] < g.Q)]
+    unaligned = not dilated and of_x == 1
+    choices = _UNALIGNED_COLUMNS if unaligned else _COLUMNS
+    columns_choices = [by_w * c for c in choices if c == 1 or (stride[1] <= 2 and (by_w * c - 1) * spacing[1] < g.Q)]
     if not dilated and by_w <= g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
     rows_choices = [r for r in _ROWS if r % by_h == 0 and (r == 1 or stride[0] <= 2)]
