@@ -19,7 +19,7 @@ from pathlib import Path
 from cuconv import measure, plan
 from cuconv.cases import Case
 
-from . import peers, report
+from . import calls, peers, report
 from .cases import CASE_NAMES, DTYPES, LAYOUTS, selected
 from .passes import PASSES, has_pass
 
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = selected(options.cases or CASE_NAMES, options.dtypes or list(DTYPES))
     todo = to_measure(options.passes, cases, options.layouts)
     result = run(todo, peers.NAMES if options.peers else (), options.variant, options.peer_seconds)
+    if options.calls:
+        result["calls"] = {"first": calls.first_calls(), "host_us": calls.host_us()}
     print(report.markdown(result, options.name))
     report.write(result, options.out, options.name)
     wrong = [row for row in result["rows"] if not row["right"]]
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         default=120,
         help="time a peer until it took that long in a pass, compiling included",
     )
+    add("--calls", action="store_true", help="time first calls and the host's part of every call, too")
     add("--quick", action="store_true", help=f"{', '.join(_QUICK_CASES)} in float32, no peers")
     add("--out", type=Path, default=report.ROOT / "benchmarks" / "results", metavar="FOLDER")
     add("--name", default="latest", help="of the files written, such as h200")
@@ -94,6 +97,8 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
     from tqdm import tqdm
 
     budgets = {name: dict.fromkeys(peer_names, peer_seconds) for _, name, *_ in todo}
+    # Peers are given their own layouts: what they take is the same in every layout of the project's arrays.
+    peers_of: dict[tuple[str, ...], dict[str, float | None]] = {}
     rows = []
     forced = contextlib.nullcontext() if variant is None else plan.variant(variant)
     with measure.Timer() as timer, forced:
@@ -115,7 +120,8 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
                 "peers": {},
             }
             try:
-                _measure(row, case, timer, budgets[name])
+                _measure(row, case, timer, budgets[name], peers_of.get((op, name, case.name, dtype)))
+                peers_of[op, name, case.name, dtype] = row["peers"]
             except plan.Unsuitable as reason:
                 tqdm.write(f"{case.name} {name} {dtype}: left out: {reason}")
                 continue
@@ -138,8 +144,14 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
     }
 
 
-def _measure(row: report.Row, case: Case, timer: measure.Timer, budget: dict[str, float]) -> None:
-    """Fill in the figures of one row, and take the seconds that its peers need off their budget."""
+def _measure(
+    row: report.Row,
+    case: Case,
+    timer: measure.Timer,
+    budget: dict[str, float],
+    known: dict[str, float | None] | None,
+) -> None:
+    """Fill in the figures of one row; peers that are not known take the seconds that they need off their budget."""
     from tqdm import tqdm
 
     work = PASSES[row["op"], row["pass"]](case, row["dtype"], row["layout"], timer)
@@ -149,6 +161,9 @@ def _measure(row: report.Row, case: Case, timer: measure.Timer, budget: dict[str
     row["ms"] = timer.ms(work.launch, len(work.inputs))
     row["floor_ms"] = measure.floor_ms(work.bytes, timer.copy_bandwidth)
     row["percent_of_floor"] = 100 * row["floor_ms"] / row["ms"]
+    if known is not None:
+        row["peers"] = known
+        return
     for peer in filter(budget.__contains__, work.peers):
         row["peers"][peer] = None
         if budget[peer] <= 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cuconv import depthwise_conv2d, depthwise_conv2d_dgrad, kernels, measure, plan
+from cuconv import depthwise_conv2d, depthwise_conv2d_dgrad, depthwise_conv2d_wgrad, kernels, measure, plan
 from cuconv.cases import Case
 from cuconv.geometry import Conv2dGeometry
 
@@ -17,16 +17,18 @@ from . import peers
 from .cases import LAYOUTS
 from .peers import Peer
 
+Arrays = tuple[Any, ...]
+
 
 @dataclass(frozen=True)
 class Work:
-    """One case in one dtype and layout, ready to run: run and error take an input and an output."""
+    """One case in one dtype and layout, ready to run: run and error take what one launch reads, and what it writes."""
 
-    inputs: list[Any]
-    outputs: list[Any]
-    weights: list[Any]
-    run: Callable[[Any, Any], Any]
-    error: Callable[[Any, Any], float]
+    inputs: list[Arrays]
+    outputs: list[Arrays]
+    weights: Arrays
+    run: Callable[[Arrays, Arrays], Any]
+    error: Callable[[Arrays, Arrays], float]
     kernel: str
     peers: dict[str, Peer]
 
@@ -34,28 +36,29 @@ class Work:
         self.run(self.inputs[i], self.outputs[i])
 
     def check(self) -> float:
-        measure.poison(self.outputs[0])
+        for array in self.outputs[0]:
+            measure.poison(array)
         self.launch(0)
         return self.error(self.inputs[0], self.outputs[0])
 
     @property
     def bytes(self) -> int:
         """What one launch reads and writes, each once."""
-        return sum(array.nbytes for array in (self.inputs[0], self.outputs[0], *self.weights))
+        return sum(array.nbytes for array in (*self.inputs[0], *self.outputs[0], *self.weights))
 
 
 def depthwise_forward(case: Case, dtype: str, layout: str, timer: measure.Timer) -> Work:
     geometry = case.geometry
     w = _random(geometry.w_shape, dtype, 1)
     bias = _random((geometry.K,), dtype, 2) if case.bias else None
-    xs, ys = _buffers(geometry.x_shape, geometry.y_shape, dtype, layout, timer)
+    xs, ys = _buffers((geometry.x_shape,), (geometry.y_shape,), dtype, layout, timer)
     return Work(
         inputs=xs,
         outputs=ys,
-        weights=[w] if bias is None else [w, bias],
-        run=lambda x, y: depthwise_conv2d(x, w, bias, out=y, **case.options),
-        error=lambda x, y: measure.slice_error(y, x, w, bias, geometry),
-        kernel=_kernel(plan.depthwise_forward, geometry, dtype, layout, w),
+        weights=(w,) if bias is None else (w, bias),
+        run=lambda x, y: depthwise_conv2d(*x, w, bias, out=y[0], **case.options),
+        error=lambda x, y: measure.slice_error(*y, *x, w, bias, geometry),
+        kernel=_kernel(plan.depthwise_forward, geometry, (dtype,), layout, w),
         peers=peers.forward(case, xs, w, bias),
     )
 
@@ -63,22 +66,43 @@ def depthwise_forward(case: Case, dtype: str, layout: str, timer: measure.Timer)
 def depthwise_dgrad(case: Case, dtype: str, layout: str, timer: measure.Timer) -> Work:
     geometry = case.geometry
     w = _random(geometry.w_shape, dtype, 1)
-    dys, dxs = _buffers(geometry.y_shape, geometry.x_shape, dtype, layout, timer)
+    dys, dxs = _buffers((geometry.y_shape,), (geometry.x_shape,), dtype, layout, timer)
     return Work(
         inputs=dys,
         outputs=dxs,
-        weights=[w],
-        run=lambda dy, dx: depthwise_conv2d_dgrad(dy, w, geometry.x_shape, out=dx, **case.options),
-        error=lambda dy, dx: measure.dgrad_slice_error(dx, dy, w, geometry),
-        kernel=_kernel(plan.depthwise_dgrad, geometry, dtype, layout, w),
+        weights=(w,),
+        run=lambda dy, dx: depthwise_conv2d_dgrad(*dy, w, geometry.x_shape, out=dx[0], **case.options),
+        error=lambda dy, dx: measure.dgrad_slice_error(*dx, *dy, w, geometry),
+        kernel=_kernel(plan.depthwise_dgrad, geometry, (dtype,), layout, w),
         peers=peers.dgrad(case, dys, w),
     )
 
 
-def _kernel(make: Callable[..., plan.Plan], geometry: Conv2dGeometry, dtype: str, layout: str, w: Any) -> str:
-    """The source of the kernel that a call on arrays in the layout takes."""
+def depthwise_wgrad(case: Case, dtype: str, layout: str, timer: measure.Timer) -> Work:
+    geometry = case.geometry
+    gradients, _ = _buffers((geometry.y_shape, geometry.x_shape), (), dtype, layout, timer)
+    dw = _random(geometry.w_shape, dtype, 1)
+    results = (dw, _random((geometry.K,), dtype, 2)) if case.bias else (dw,)
+    return Work(
+        inputs=gradients,
+        # The same for all launches: a few kilobytes in the cache or not make no difference.
+        outputs=[results] * len(gradients),
+        weights=(),
+        run=lambda read, out: depthwise_conv2d_wgrad(
+            *read, geometry.w_shape, bias=case.bias, out=out if case.bias else out[0], **case.options
+        ),
+        error=lambda read, out: measure.wgrad_slice_error(*(*out, None)[:2], *read, geometry),
+        kernel=_kernel(plan.depthwise_wgrad, geometry, (dtype, case.bias), layout, dw),
+        peers=peers.wgrad(case, gradients),
+    )
+
+
+def _kernel(
+    make: Callable[..., plan.Plan | plan.WgradPlan], geometry: Conv2dGeometry, of: tuple[Any, ...], layout: str, w: Any
+) -> str:
+    """The source of the kernel that a call on arrays in the layout takes; `of` is what else the plan depends on."""
     geometry = replace(geometry, channels_last=layout == "nhwc")
-    return make(geometry, dtype, kernels.target(w.device.id), plan.forced_variant()).source
+    return make(geometry, *of, kernels.target(w.device.id), plan.forced_variant()).source
 
 
 def _random(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
@@ -88,8 +112,12 @@ def _random(shape: tuple[int, ...], dtype: str, seed: int) -> Any:
 
 
 def _buffers(
-    input_shape: tuple[int, ...], output_shape: tuple[int, ...], dtype: str, layout: str, timer: measure.Timer
-) -> tuple[list[Any], list[Any]]:
+    input_shapes: tuple[tuple[int, ...], ...],
+    output_shapes: tuple[tuple[int, ...], ...],
+    dtype: str,
+    layout: str,
+    timer: measure.Timer,
+) -> tuple[list[Arrays], list[Arrays]]:
     """As many inputs and outputs as the timer asks for."""
     import cupy
 
@@ -99,9 +127,17 @@ def _buffers(
     def in_layout(make: Callable[[list[int]], Any], shape: tuple[int, ...]) -> Any:
         return make([shape[axis] for axis in order]).transpose(*np.argsort(order).tolist())
 
-    turns = range(timer.buffers((math.prod(input_shape) + math.prod(output_shape)) * numpy_dtype.itemsize))
-    inputs = [in_layout(lambda shape: measure.random_array(shape, dtype, 0, cupy), input_shape) for _ in turns]
-    outputs = [in_layout(lambda shape: cupy.empty(shape, numpy_dtype), output_shape) for _ in turns]
+    turns = range(timer.buffers(sum(map(math.prod, (*input_shapes, *output_shapes))) * numpy_dtype.itemsize))
+    inputs = [
+        tuple(
+            in_layout(lambda shape, seed=seed: measure.random_array(shape, dtype, seed, cupy), shape)
+            for seed, shape in zip((0, 3), input_shapes, strict=False)
+        )
+        for _ in turns
+    ]
+    outputs = [
+        tuple(in_layout(lambda shape: cupy.empty(shape, numpy_dtype), shape) for shape in output_shapes) for _ in turns
+    ]
     return inputs, outputs
 
 
@@ -109,6 +145,7 @@ def _buffers(
 PASSES: dict[tuple[str, str], Callable[[Case, str, str, measure.Timer], Work]] = {
     ("depthwise", "forward"): depthwise_forward,
     ("depthwise", "dgrad"): depthwise_dgrad,
+    ("depthwise", "wgrad"): depthwise_wgrad,
 }
 
 

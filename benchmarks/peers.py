@@ -27,7 +27,7 @@ Peer = Callable[[Timer], float]
 _JAX_BUFFERS = 128
 
 
-def forward(case: Case, xs: list[Any], w: Any, bias: Any) -> dict[str, Peer]:
+def forward(case: Case, xs: list[tuple[Any, ...]], w: Any, bias: Any) -> dict[str, Peer]:
     """Forward convolutions of the CuPy arrays by every framework that is installed."""
     found: dict[str, Peer] = {}
     if importlib.util.find_spec("torch"):
@@ -39,7 +39,7 @@ def forward(case: Case, xs: list[Any], w: Any, bias: Any) -> dict[str, Peer]:
     return found
 
 
-def dgrad(case: Case, dys: list[Any], w: Any) -> dict[str, Peer]:
+def dgrad(case: Case, dys: list[tuple[Any, ...]], w: Any) -> dict[str, Peer]:
     """Gradients with respect to x likewise, but not by torch.compile, which makes the same call of ATen as PyTorch."""
     found: dict[str, Peer] = {}
     if importlib.util.find_spec("torch"):
@@ -47,6 +47,17 @@ def dgrad(case: Case, dys: list[Any], w: Any) -> dict[str, Peer]:
         found["torch_channels_last"] = partial(_torch_dgrad, case, dys, w, channels_last=True)
     if importlib.util.find_spec("jax"):
         found["jax"] = partial(_jax_dgrad, case, dys, w)
+    return found
+
+
+def wgrad(case: Case, gradients: list[tuple[Any, ...]]) -> dict[str, Peer]:
+    """Gradients with respect to w, and the bias where the case has one, likewise; of pairs of dy and x."""
+    found: dict[str, Peer] = {}
+    if importlib.util.find_spec("torch"):
+        found["torch"] = partial(_torch_wgrad, case, gradients)
+        found["torch_channels_last"] = partial(_torch_wgrad, case, gradients, channels_last=True)
+    if importlib.util.find_spec("jax"):
+        found["jax"] = partial(_jax_wgrad, case, gradients)
     return found
 
 
@@ -72,7 +83,14 @@ def release() -> None:
 
 
 def _torch_forward(
-    case: Case, xs: list[Any], w: Any, bias: Any, timer: Timer, *, channels_last: bool = False, compiled: bool = False
+    case: Case,
+    xs: list[tuple[Any, ...]],
+    w: Any,
+    bias: Any,
+    timer: Timer,
+    *,
+    channels_last: bool = False,
+    compiled: bool = False,
 ) -> float:
     import torch
 
@@ -85,7 +103,7 @@ def _torch_forward(
     return _torch_ms(convolve, xs, (w, bias), case.geometry.y_shape, timer, channels_last)
 
 
-def _torch_dgrad(case: Case, dys: list[Any], w: Any, timer: Timer, *, channels_last: bool = False) -> float:
+def _torch_dgrad(case: Case, dys: list[tuple[Any, ...]], w: Any, timer: Timer, *, channels_last: bool = False) -> float:
     import cupy
     import torch
 
@@ -104,15 +122,34 @@ def _torch_dgrad(case: Case, dys: list[Any], w: Any, timer: Timer, *, channels_l
     return _torch_ms(gradient, dys, (w, x), g.x_shape, timer, channels_last)
 
 
+def _torch_wgrad(case: Case, gradients: list[tuple[Any, ...]], timer: Timer, *, channels_last: bool = False) -> float:
+    import cupy
+    import torch
+
+    g = case.geometry
+    padding = [first for first, _ in g.padding]
+    wanted = [False, True, case.bias]
+
+    def gradient(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        dw: torch.Tensor = torch.ops.aten.convolution_backward(
+            dy, x, w, [g.K] if case.bias else None, g.stride, padding, g.dilation, False, [0, 0], g.C, wanted
+        )[1]
+        return dw
+
+    # Of w only shape and layout are looked at.
+    w = cupy.empty(g.w_shape, gradients[0][0].dtype)
+    return _torch_ms(gradient, gradients, (w,), g.w_shape, timer, channels_last)
+
+
 def _torch_ms(
     compute: Callable[..., Any],
-    inputs: list[Any],
+    inputs: list[tuple[Any, ...]],
     others: tuple[Any, ...],
     shape: tuple[int, ...],
     timer: Timer,
     channels_last: bool,
 ) -> float:
-    """The time of compute(one of the inputs, *others), whose result has the shape."""
+    """The time of compute(*one of the inputs, *others), whose result has the shape."""
     import torch
 
     def tensor(array: Any) -> torch.Tensor | None:
@@ -126,12 +163,13 @@ def _torch_ms(
         return same.contiguous(memory_format=torch.channels_last) if channels_last and same.ndim == 4 else same
 
     with torch.cuda.stream(torch.cuda.ExternalStream(timer.stream.ptr)), torch.no_grad():
-        tensors, rest = [tensor(array) for array in inputs], [tensor(array) for array in others]
+        tensors = [[tensor(array) for array in one] for one in inputs]
+        rest = [tensor(array) for array in others]
         # Results are kept until their buffer's next turn, so that they too lie in memory that is not in the cache.
         results: list[Any] = [None] * len(inputs)
 
         def launch(i: int) -> None:
-            results[i] = compute(tensors[i], *rest)
+            results[i] = compute(*tensors[i], *rest)
 
         def capture(record: Callable[[], None]) -> Callable[[], Any]:
             # Its own capture, since CuPy's knows nothing of the memory that PyTorch allocates under way.
@@ -145,7 +183,7 @@ def _torch_ms(
         return timer.ms(launch, len(inputs), capture)
 
 
-def _jax_forward(case: Case, xs: list[Any], w: Any, bias: Any, timer: Timer) -> float:
+def _jax_forward(case: Case, xs: list[tuple[Any, ...]], w: Any, bias: Any, timer: Timer) -> float:
     def convolve(x: Any, w: Any, bias: Any) -> Any:
         y = _jax_convolution(case, x, w)
         return y if bias is None else y + bias[:, None, None]
@@ -153,7 +191,7 @@ def _jax_forward(case: Case, xs: list[Any], w: Any, bias: Any, timer: Timer) -> 
     return _jax_ms(convolve, xs, (w, bias), case.geometry.y_shape, timer)
 
 
-def _jax_dgrad(case: Case, dys: list[Any], w: Any, timer: Timer) -> float:
+def _jax_dgrad(case: Case, dys: list[tuple[Any, ...]], w: Any, timer: Timer) -> float:
     def gradient(dy: Any, w: Any) -> Any:
         import jax
 
@@ -165,6 +203,18 @@ def _jax_dgrad(case: Case, dys: list[Any], w: Any, timer: Timer) -> float:
     return _jax_ms(gradient, dys, (w,), case.geometry.x_shape, timer)
 
 
+def _jax_wgrad(case: Case, gradients: list[tuple[Any, ...]], timer: Timer) -> float:
+    def gradient(dy: Any, x: Any) -> Any:
+        import jax
+
+        w = jax.ShapeDtypeStruct(case.geometry.w_shape, dy.dtype)
+        # Of w alone: a bias's gradient would be one more launch.
+        (dw,) = jax.linear_transpose(lambda w: _jax_convolution(case, x, w), w)(dy)
+        return dw
+
+    return _jax_ms(gradient, gradients, (), case.geometry.w_shape, timer)
+
+
 def _jax_convolution(case: Case, x: Any, w: Any) -> Any:
     import jax
 
@@ -173,7 +223,11 @@ def _jax_convolution(case: Case, x: Any, w: Any) -> Any:
 
 
 def _jax_ms(
-    compute: Callable[..., Any], inputs: list[Any], others: tuple[Any, ...], shape: tuple[int, ...], timer: Timer
+    compute: Callable[..., Any],
+    inputs: list[tuple[Any, ...]],
+    others: tuple[Any, ...],
+    shape: tuple[int, ...],
+    timer: Timer,
 ) -> float:
     """As _torch_ms."""
     # Read when JAX first meets the GPU, of which it would take three quarters.
@@ -191,10 +245,13 @@ def _jax_ms(
         return jax.numpy.from_dlpack(array)
 
     @jax.jit
-    def compute_all(tensors: list[Any], rest: list[Any]) -> list[Any]:
-        return [compute(one, *rest) for one in tensors]
+    def compute_all(tensors: list[list[Any]], rest: list[Any]) -> list[Any]:
+        return [compute(*one, *rest) for one in tensors]
 
-    arguments = [tensor(array) for array in inputs[:_JAX_BUFFERS]], [tensor(array) for array in others]
+    arguments = (
+        [[tensor(array) for array in one] for one in inputs[:_JAX_BUFFERS]],
+        [tensor(array) for array in others],
+    )
 
     def seconds(calls: int) -> float:
         start = time.perf_counter()

@@ -56,14 +56,35 @@ def markdown(result: Result, name: str) -> str:
     """What was measured on what, and for every pass its plot and a table with a line a row."""
     facts = "\n".join(f"- {name}: {value}" for name, value in result["versions"].items())
     return (
-        f"# {result['device']}, {result['date']}\n\n"
-        f"A device-to-device copy reads and writes {result['copy_GBps']:.0f} GB/s. The floor is every input read once "
-        f"and every output written once at that rate; error is a fraction of the bound, of which 1 is still right.\n\n"
-        f"{facts}\n- sources: `{result['sources']}`\n"
-    ) + "".join(
-        f"\n## {part}\n\n![% of floor, {part}]({_plot_name(name, part)})\n\n"
-        f"{_table([row for row in result['rows'] if row['pass'] == part])}\n"
-        for part in _passes(result)
+        (
+            f"# {result['device']}, {result['date']}\n\n"
+            f"A device-to-device copy reads and writes {result['copy_GBps']:.0f} GB/s. The floor is every input read "
+            f"once and every output written once at that rate; error is a fraction of the bound, of which 1 is still "
+            f"right.\n\n"
+            f"{facts}\n- sources: `{result['sources']}`\n"
+        )
+        + "".join(
+            f"\n## {part}\n\n![% of floor, {part}]({_plot_name(name, part)})\n\n"
+            f"{_table([row for row in result['rows'] if row['pass'] == part])}\n"
+            for part in _passes(result)
+        )
+        + (_calls(result["calls"]) if "calls" in result else "")
+    )
+
+
+def _calls(calls: dict[str, Any]) -> str:
+    """First calls, and the host's part of every call."""
+    first = table(
+        ["case", "pass", "dtype", "compiling, ms", "from the disk cache, ms"],
+        [
+            [row["case"], row["pass"], row["dtype"], _number(row["cold_ms"], ".0f"), _number(row["cached_ms"], ".1f")]
+            for row in calls["first"]
+        ],
+    )
+    host = table(["call", "host, us"], [[name, _number(us, ".1f")] for name, us in calls["host_us"].items()])
+    return (
+        f"\n## calls\n\nThe first call of a shape, to the end of its kernel:\n\n{first}\n\n"
+        f"The host's part of a call on (1, 16, 14, 14), 3x3, once planned:\n\n{host}\n"
     )
 
 

@@ -52,6 +52,21 @@ def dgrad_error(dx: Array, dy: Array, w: Array, geometry: Conv2dGeometry) -> flo
     return _fraction_of_bound(dx, exact, magnitude, geometry.multiplier * geometry.R * geometry.S)
 
 
+def wgrad_error(dw: Array, dbias: Array | None, dy: Array, x: Array, geometry: Conv2dGeometry) -> float:
+    """As forward_error, for the gradients with respect to weights and bias, dw (C*M, 1, R, S) and dbias (C*M,) or None.
+
+    A sum has as many terms as a channel has elements of dy.
+    """
+    g = geometry
+    terms = g.N * g.P * g.Q
+    exact, magnitude = (_depthwise_wgrad(dy, x, g, of) for of in (np.asarray, np.abs))
+    error = _fraction_of_bound(dw, exact, magnitude, terms)
+    if dbias is None:
+        return error
+    exact, magnitude = (of(_wide(dy)).sum(axis=(0, 2, 3)) for of in (np.asarray, np.abs))
+    return max(error, _fraction_of_bound(dbias, exact, magnitude, terms))
+
+
 def separable_error(
     y: Array,
     x: Array,
@@ -108,6 +123,18 @@ def _depthwise_dgrad(dy: Array, w: Array, g: Conv2dGeometry, of: Callable[[Array
         with np.errstate(all="ignore"):
             read += np.einsum("ncmpq,cm->ncpq", terms, weights[:, :, r, s])
     return dx[..., corner[0] : corner[0] + g.H, corner[1] : corner[1] + g.W]
+
+
+def _depthwise_wgrad(dy: Array, x: Array, g: Conv2dGeometry, of: Callable[[Array], Array]) -> Array:
+    """Likewise the gradient with respect to w, an image at a time: large batches are wider than memory."""
+    dw: Array = np.zeros(g.w_shape, _wide(dy[:0]).dtype)
+    with np.errstate(all="ignore"):
+        for n in range(g.N):
+            windows = _windows(of(_wide(x[n : n + 1])), g)[0]
+            gradient = of(_wide(dy[n])).reshape(g.C, g.multiplier, g.P, g.Q)
+            for r, s in np.ndindex(g.R, g.S):
+                dw[:, 0, r, s] += np.einsum("cpq,cmpq->cm", windows[..., r, s], gradient).reshape(-1)
+    return dw
 
 
 def _wide(array: Array) -> Array:
@@ -179,6 +206,26 @@ def dgrad_slice_error(dx: Any, dy: Any, w: Any, geometry: Conv2dGeometry) -> flo
     return _slice_error(dgrad_error, (dx, dy), (w,), geometry)
 
 
+def wgrad_slice_error(dw: Any, dbias: Any, dy: Any, x: Any, geometry: Conv2dGeometry) -> float:
+    """wgrad_error of all images, at the first, two middle and the last input channels; dbias may be None.
+
+    NumPy or CuPy arrays. dw and dbias must have been poisoned before they were computed.
+    """
+    g = geometry
+    if unwritten(dw) or (dbias is not None and unwritten(dbias)):
+        return float("inf")
+    channels = _some_channels(g)
+    of_k = [c * g.multiplier + m for c in channels for m in range(g.multiplier)]
+    some_dy, some_x = (np.stack([_host(array[:, c]) for c in of], axis=1) for array, of in ((dy, of_k), (x, channels)))
+    some_dw, some_dbias = _host(dw)[of_k], None if dbias is None else _host(dbias)[of_k]
+    some = replace(g, C=len(channels), K=len(of_k), channels_last=False)
+    return wgrad_error(some_dw, some_dbias, some_dy, some_x, some)
+
+
+def _some_channels(g: Conv2dGeometry) -> list[int]:
+    return sorted({0, g.C // 3, g.C // 2, g.C - 1})
+
+
 def _slice_error(
     error: Callable[..., float], activations: tuple[Any, Any], weights: tuple[Any, ...], g: Conv2dGeometry
 ) -> float:
@@ -186,7 +233,7 @@ def _slice_error(
     if unwritten(activations[0]):
         return float("inf")
     images = sorted({0, g.N - 1})
-    channels = sorted({0, g.C // 3, g.C // 2, g.C - 1})
+    channels = _some_channels(g)
 
     def some(array: Any) -> Array:
         """Of an array whose first axis is that of channels, input or output; fetched one by one, no copy made there."""

@@ -126,6 +126,19 @@ def test_committed_results_are_well_formed() -> None:
             assert set(row("", "")) <= set(line)
 
 
+def test_calls_are_reported() -> None:
+    calls = {
+        "first": [{"case": "kb82", "pass": "wgrad", "dtype": "float32", "cold_ms": 321.4, "cached_ms": 4.25}],
+        "host_us": {"forward": 9.75, "torch conv2d": 12.0},
+    }
+    text = report.markdown(result([row("a", "float32")]) | {"calls": calls}, "gpu")
+    head, table = text.split("## calls")
+    assert "321 " in table
+    assert " 4.2 " in table
+    assert "| forward      | 9.8 " in table
+    assert "disk" not in head
+
+
 def test_cases() -> None:
     assert len(cases.CASE_NAMES) == len(set(cases.CASE_NAMES)) == 20
     for case in cases.CASES:
@@ -142,7 +155,7 @@ def test_selection() -> None:
 
 
 def test_no_bias_in_dgrad() -> None:
-    todo = program.to_measure(["forward", "dgrad"], cases.selected(["kb82"], ["float32", "float16"]))
+    todo = program.to_measure(["forward", "dgrad"], cases.selected(["kb82"], ["float32", "float16"]), ["nchw"])
     assert [(name, case.name, dtype) for _, name, case, dtype, _ in todo] == [
         ("forward", "kb82", "float32"),
         ("forward", "kb82", "float16"),
@@ -151,7 +164,7 @@ def test_no_bias_in_dgrad() -> None:
         ("dgrad", "kb82", "float32"),
         ("dgrad", "kb82", "float16"),
     ]
-    assert program.to_measure(["dgrad"], cases.selected(["kb82+bias"], ["float32"])) == []
+    assert program.to_measure(["dgrad"], cases.selected(["kb82+bias"], ["float32"]), ["nchw"]) == []
 
 
 @pytest.mark.skipif(measure.cupy_with_gpu() is not None, reason="there is a GPU")
@@ -168,7 +181,8 @@ def test_a_gpu_run(tmp_path: Path) -> None:
     arguments = ["--cases", "b1_14", "--dtypes", "float32", "--no-peers", "--out", str(tmp_path), "--name", "one"]
     assert program.main(arguments) == 0
     rows = json.loads((tmp_path / "one.json").read_text())["rows"]
-    assert [line["pass"] for line in rows] == ["forward", "dgrad"]
+    assert [line["pass"] for line in rows] == ["forward", "forward", "dgrad", "dgrad", "wgrad", "wgrad"]
+    assert [line["layout"] for line in rows] == ["nchw", "nhwc"] * 3
     for line in rows:
         assert line["right"]
         assert 0 < line["percent_of_floor"] < 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
 import torch
 
@@ -326,3 +327,46 @@ def test_timer_on_a_gpu() -> None:
             assert milliseconds > 0.5 * measure.floor_ms(8 * size, timer.copy_bandwidth)
             assert milliseconds < 10
             assert all((array > 1).all() for array in arrays)
+
+
+WGRAD_CASES = {
+    "stride": depthwise_geometry((3, 5, 9, 12), (5, 1, 3, 2), stride=(2, 1), padding=((1, 0), (0, 2))),
+    "multiplier": depthwise_geometry((2, 6, 7, 8), (12, 1, 2, 3), padding=1),
+    "dilation": depthwise_geometry((2, 7, 11, 9), (7, 1, 3, 2), dilation=(2, 3), padding=((2, 1), (0, 3))),
+}
+
+
+def wgrad_problem(name: str, dtype: str) -> tuple[np.ndarray, ...]:
+    """dy, x and, from PyTorch in float64, dw and dbias."""
+    g = WGRAD_CASES[name]
+    dy, x = (measure.random_array(shape, dtype, seed) for seed, shape in enumerate((g.y_shape, g.x_shape)))
+    numbers = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation}
+    return dy, x, *(gradient.astype(dy.dtype) for gradient in oracle.wgrad(dy, x, g.w_shape, **numbers))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WGRAD_CASES)
+def test_right_wgrad_passes(name: str, dtype: str) -> None:
+    dy, x, dw, dbias = wgrad_problem(name, dtype)
+    for error in (measure.wgrad_error, measure.wgrad_slice_error):
+        assert 0 < error(dw, dbias, dy, x, WGRAD_CASES[name]) <= 1
+        assert 0 < error(dw, None, dy, x, WGRAD_CASES[name]) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WGRAD_CASES)
+@pytest.mark.parametrize("fault", ["a tap by 2 %", "a tap of another", "bias by 2 %", "an image less", "unwritten"])
+def test_wgrad_faults_are_caught(fault: str, name: str, dtype: str) -> None:
+    dy, x, dw, dbias = wgrad_problem(name, dtype)
+    more = dw.dtype.type(1.02)
+    if fault == "a tap by 2 %":
+        dw[-1, 0, 1, -1] *= more
+    if fault == "a tap of another":
+        dw[0, 0, 0] = dw[0, 0, 0, ::-1]
+    if fault == "bias by 2 %":
+        dbias[-1] *= more
+    if fault == "an image less":
+        dbias -= dy[0].astype(np.float64).sum(axis=(1, 2)).astype(dbias.dtype)
+    if fault == "unwritten":
+        measure.poison(dw[1:2])
+    assert measure.wgrad_slice_error(dw, dbias, dy, x, WGRAD_CASES[name]) > 1

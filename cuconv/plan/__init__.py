@@ -113,8 +113,11 @@ _Chosen = TypeVar("_Chosen", Plan, WgradPlan)
 def _first_suitable(planners: Mapping[str, Callable[..., _Chosen]], forced: str | None, *arguments: Any) -> _Chosen:
     if forced is not None and forced not in planners:
         raise Unsuitable(f"variant {forced}: this pass has {', '.join(planners)}")
+    names = [forced] if forced is not None else list(planners)
+    if forced is None and "toeplitz" in planners and toeplitz.beats_runs(*arguments[:2]):
+        names.insert(0, "toeplitz")
     reasons = []
-    for name in planners if forced is None else (forced,):
+    for name in names:
         try:
             return planners[name](*arguments)
         except Unsuitable as reason:
