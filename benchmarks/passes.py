@@ -101,7 +101,7 @@ def _kernel(
     make: Callable[..., plan.Plan | plan.WgradPlan], geometry: Conv2dGeometry, of: tuple[Any, ...], layout: str, w: Any
 ) -> str:
     """The source of the kernel that a call on arrays in the layout takes; `of` is what else the plan depends on."""
-    geometry = replace(geometry, channels_last=layout == "nhwc")
+    geometry = plan.in_fastest_layout(replace(geometry, channels_last=layout == "nhwc"))
     return make(geometry, *of, kernels.target(w.device.id), plan.forced_variant()).source
 
 

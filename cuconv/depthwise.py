@@ -33,7 +33,7 @@ def depthwise_conv2d(
         A NumPy array, computed by the reference, or a CuPy array, computed on its GPU and on the current stream.
         On the GPU it may lie in memory as (N, C, H, W) or channels-last, as (N, H, W, C); its strides tell, as in
         PyTorch, and where they are both (C = 1, or H = W = 1) it counts as the former. With any other strides it is
-        copied once, to (N, C, H, W).
+        copied once, to (N, C, H, W); channels-last with a kernel of more than 64 taps too, and its result back.
     w : (C*M, 1, R, S), the dtype of x
         Output channel c*M + m belongs to input channel c; M >= 1 is the depth multiplier.
     bias : (C*M,), the dtype of x, optional
@@ -79,6 +79,7 @@ def depthwise_conv2d(
     geometry = depthwise_geometry(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, channels_last=channels_last
     )
+    geometry = plan.in_fastest_layout(geometry)
     if bias is not None:
         check_shape("bias", bias, (geometry.K,), "one value for each output channel")
     device = None if module is np else interop.one_device(x=x, w=w, bias=bias, out=out)
@@ -89,9 +90,9 @@ def depthwise_conv2d(
         return reference.depthwise_conv2d(x, w, bias, geometry, out)
     with device:
         # 2. Allocate.
-        x, w = interop.contiguous(x, channels_last), interop.contiguous(w)
+        x, w = interop.contiguous(x, geometry.channels_last), interop.contiguous(w)
         bias = None if bias is None else interop.contiguous(bias)
-        y = interop.output(out, module, geometry.y_shape, x.dtype, channels_last)
+        y = interop.output(out, module, geometry.y_shape, x.dtype, geometry.channels_last)
         if geometry.N:
             # 3. Plan.
             aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
@@ -101,7 +102,7 @@ def depthwise_conv2d(
             kernel = kernels.load(chosen, device.id)
             # 5. Launch.
             kernel(x.data.ptr, w.data.ptr, 0 if bias is None else bias.data.ptr, y.data.ptr)
-        return interop.delivered(y, out)
+        return interop.delivered(y, out, channels_last)
 
 
 def depthwise_conv2d_dgrad(
@@ -168,6 +169,7 @@ def depthwise_conv2d_dgrad(
     geometry = depthwise_geometry(
         x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, channels_last=channels_last
     )
+    geometry = plan.in_fastest_layout(geometry)
     check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
     device = None if module is np else interop.one_device(dy=dy, w=w, out=out)
     if out is not None:
@@ -177,8 +179,8 @@ def depthwise_conv2d_dgrad(
         return reference.depthwise_conv2d_dgrad(dy, w, geometry, out)
     with device:
         # 2. Allocate.
-        dy, w = interop.contiguous(dy, channels_last), interop.contiguous(w)
-        dx = interop.output(out, module, geometry.x_shape, dy.dtype, channels_last)
+        dy, w = interop.contiguous(dy, geometry.channels_last), interop.contiguous(w)
+        dx = interop.output(out, module, geometry.x_shape, dy.dtype, geometry.channels_last)
         if geometry.N:
             # 3. Plan.
             aligned = (dy.data.ptr | dx.data.ptr) % plan.VECTOR_BYTES == 0
@@ -188,7 +190,7 @@ def depthwise_conv2d_dgrad(
             kernel = kernels.load(chosen, device.id)
             # 5. Launch.
             kernel(dy.data.ptr, w.data.ptr, 0, dx.data.ptr)
-        return interop.delivered(dx, out)
+        return interop.delivered(dx, out, channels_last)
 
 
 def depthwise_conv2d_wgrad(
@@ -265,6 +267,7 @@ def depthwise_conv2d_wgrad(
     geometry = depthwise_geometry(
         x.shape, w_shape, stride=stride, padding=padding, dilation=dilation, channels_last=channels_last
     )
+    geometry = plan.in_fastest_layout(geometry)
     check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
     inputs = {"dy": dy, "x": x}
     device = None if module is np else interop.one_device(**inputs, out=dw_out, dbias=dbias_out, workspace=workspace)
@@ -280,7 +283,7 @@ def depthwise_conv2d_wgrad(
         return reference.depthwise_conv2d_wgrad(dy, x, bias, geometry, dw_out, dbias_out)
     with device:
         # 2. Allocate.
-        dy, x = (interop.contiguous(array, channels_last) for array in (dy, x))
+        dy, x = (interop.contiguous(array, geometry.channels_last) for array in (dy, x))
         dw = interop.output(dw_out, module, geometry.w_shape, dy.dtype)
         dbias = interop.output(dbias_out, module, (geometry.K,), dy.dtype) if bias else None
         if geometry.N:

@@ -88,11 +88,12 @@ def workspace(given: Any, module: ModuleType, size: int) -> Any:
     return given
 
 
-def delivered(result: Any, out: Any) -> Any:
-    """The result, copied to `out` where the kernel could not write to it."""
-    if out is None or result is out:
-        return result
-    out[...] = result
+def delivered(result: Any, out: Any, channels_last: bool = False) -> Any:
+    """The result in the layout that the caller's arrays have, copied to `out` where the kernel could not write to it."""
+    if out is None:
+        return contiguous(result, channels_last)
+    if result is not out:
+        out[...] = result
     return out
 
 

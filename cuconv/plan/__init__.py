@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ __all__ = [
     "depthwise_forward",
     "depthwise_wgrad",
     "forced_variant",
+    "in_fastest_layout",
     "variant",
 ]
 
@@ -77,6 +79,14 @@ def variant(name: str) -> Iterator[None]:
 
 def forced_variant() -> str | None:
     return _forced.get()
+
+
+def in_fastest_layout(geometry: Conv2dGeometry) -> Conv2dGeometry:
+    """The geometry of what is computed: large kernels have their fast variants for (N, C, H, W), and bringing arrays
+    there and back takes less time than their arithmetic does."""
+    if geometry.channels_last and geometry.R * geometry.S > runs.MAX_TAPS:
+        return replace(geometry, channels_last=False)
+    return geometry
 
 
 @lru_cache(maxsize=4096)
