@@ -142,7 +142,7 @@ def test_selection() -> None:
 
 
 def test_no_bias_in_dgrad() -> None:
-    todo = program.to_measure(["forward", "dgrad"], cases.selected(["kb82"], ["float32", "float16"]))
+    todo = program.to_measure(["forward", "dgrad"], cases.selected(["kb82"], ["float32", "float16"]), ["nchw"])
     assert [(name, case.name, dtype) for _, name, case, dtype, _ in todo] == [
         ("forward", "kb82", "float32"),
         ("forward", "kb82", "float16"),
@@ -151,7 +151,12 @@ def test_no_bias_in_dgrad() -> None:
         ("dgrad", "kb82", "float32"),
         ("dgrad", "kb82", "float16"),
     ]
-    assert program.to_measure(["dgrad"], cases.selected(["kb82+bias"], ["float32"])) == []
+    assert program.to_measure(["dgrad"], cases.selected(["kb82+bias"], ["float32"]), ["nchw"]) == []
+
+
+def test_every_layout_is_measured() -> None:
+    todo = program.to_measure(["forward"], cases.selected(["mbv1_7"], ["float32"]), list(cases.LAYOUTS))
+    assert [layout for *_, layout in todo] == ["nchw", "nhwc"]
 
 
 @pytest.mark.skipif(measure.cupy_with_gpu() is not None, reason="there is a GPU")
@@ -168,7 +173,8 @@ def test_a_gpu_run(tmp_path: Path) -> None:
     arguments = ["--cases", "b1_14", "--dtypes", "float32", "--no-peers", "--out", str(tmp_path), "--name", "one"]
     assert program.main(arguments) == 0
     rows = json.loads((tmp_path / "one.json").read_text())["rows"]
-    assert [line["pass"] for line in rows] == ["forward", "dgrad"]
+    layouts = [(line["pass"], line["layout"]) for line in rows]
+    assert layouts == [("forward", "nchw"), ("forward", "nhwc"), ("dgrad", "nchw"), ("dgrad", "nhwc")]
     for line in rows:
         assert line["right"]
         assert 0 < line["percent_of_floor"] < 200

@@ -37,9 +37,9 @@ def test_every_variant_matches_float64(device, rng, g, dtype, layout, variant):
     dbias_guards.assert_untouched()
 
 
-# Of dtypes, bias is no matter.
+# The bias adds one sum to those of the taps, whatever the geometry: half of the dtypes, with few geometries.
 @pytest.mark.parametrize(
-    ("g", "dtype", "layout", "variant"), [case for case in cases("wgrad") if case.values[1] == "float32"]
+    ("g", "dtype", "layout", "variant"), [case for case in cases("wgrad") if case.values[1] in ("bfloat16", "float64")]
 )
 def test_every_variant_without_bias(device, rng, g, dtype, layout, variant):
     dy, x = random_gradients(rng, g, dtype)
@@ -103,7 +103,7 @@ def test_same_bits_every_time(device, rng, variant, layout):
             np.testing.assert_array_equal(bits(), first)
 
 
-@pytest.mark.parametrize("layouts", product(LAYOUTS, LAYOUTS), ids="-".join)
+@pytest.mark.parametrize("layouts", list(product(LAYOUTS, LAYOUTS)), ids="-".join)
 def test_each_array_has_a_layout_of_its_own(device, rng, layouts):
     g = depthwise_geometry((2, 3, 9, 8), (6, 1, 3, 2), stride=(1, 2))
     dy, x = random_gradients(rng, g, "float32")
