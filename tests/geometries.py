@@ -59,6 +59,12 @@ _LARGE = {
     "9x9_all_padding": ((1, 2, 3, 4), (2, 1, 9, 9), (1, 1), ((20, 11), (9, 17)), (1, 1)),
 }
 
+# What only the gradient of large weights branches on: units of a part of a plane, several groups of kernel rows.
+_WGRAD = {
+    "9x9_rows_apart": ((1, 1, 300, 40), (1, 1, 9, 9), (1, 1), ((4, 4), (4, 4)), (1, 1)),
+    "120x20": ((2, 1, 125, 40), (1, 1, 120, 20), (1, 1), ((3, 1), (0, 7)), (1, 1)),
+}
+
 # What strides and multipliers do to dx only: rows and columns that no dy reaches, a dy that covers x exactly, strides
 # along one axis and dilation along the other, or along one where the kernel is one element wide, sums of planes.
 _DGRAD = {
@@ -92,7 +98,7 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(_EVERYWHERE | _LARGE | _DGRAD | _CHANNELS_LAST)
+GEOMETRIES = _geometries(_EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST)
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
@@ -111,7 +117,7 @@ def suits(variant, direction, g, dtype):
     if variant == "direct":
         return True
     if direction == "wgrad":
-        return variant == "runs" and nchw and few_taps
+        return nchw and ((variant == "runs" and few_taps) or (variant == "tiles" and not few_taps and dense))
     if variant == "runs":
         axes = zip((g.R, g.S), g.stride, g.dilation, strict=True)
         return nchw and few_taps and (forward or all(1 in axis for axis in axes))
@@ -152,7 +158,7 @@ _FEW = (
 
 def cases(direction):
     """pytest.param(g, dtype, layout, variant) of all that a pass of every variant is tested with."""
-    nchw_names = _EVERYWHERE | {"forward": _LARGE, "dgrad": _LARGE | _DGRAD, "wgrad": {}}[direction]
+    nchw_names = _EVERYWHERE | _LARGE | {"forward": {}, "dgrad": _DGRAD, "wgrad": _WGRAD}[direction]
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
         for name in names[layout] if dtype in _MAIN_DTYPES[variant] else filter(names[layout].__contains__, _FEW):

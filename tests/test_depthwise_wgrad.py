@@ -75,6 +75,24 @@ def test_nan_and_infinity_reach_what_they_meet(device, rng, variant, layout):
         assert {*np.isnan(expected[0][2]).ravel()} == {True, False}
 
 
+@pytest.mark.parametrize("width", [13, 16])
+def test_nan_and_infinity_reach_what_they_meet_in_large_kernels(device, rng, width):
+    """Where dy's rows are no whole steps, the zeros behind them must not meet an infinite x."""
+    g = depthwise_geometry((2, 2, 9, width), (2, 1, 7, 11), padding=((3, 3), (5, 5)))
+    dy, x = random_gradients(rng, g, "float32")
+    x[0, 0, -1, -1] = np.inf
+    dy[1, 1, 0, -1] = np.inf
+    expected = oracle.wgrad(dy, x, g.w_shape, **numbers_of(g))
+    arrays = device.array(dy), device.array(x), g.w_shape
+    with plan.variant("tiles"):
+        results = cuconv.depthwise_conv2d_wgrad(*arrays, bias=True, **numbers_of(g))
+    for result, exact in zip(map(device.host, results), expected, strict=True):
+        np.testing.assert_array_equal(np.isnan(result), np.isnan(exact))
+        np.testing.assert_array_equal(np.isfinite(result), np.isfinite(exact))
+    assert np.isfinite(expected[0]).any()
+    assert np.isnan(expected[0]).any()
+
+
 @pytest.mark.parametrize(("variant", "layout"), BY_LAYOUT)
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 def test_small_integers_are_exact(device, rng, dtype, variant, layout):
@@ -113,7 +131,7 @@ def test_each_array_has_a_layout_of_its_own(device, rng, layouts):
 
 
 def test_out_and_workspace(device, rng):
-    g = depthwise_geometry((2, 3, 9, 8), (3, 1, 3, 3), padding=1)
+    g = depthwise_geometry((16, 3, 16, 15), (3, 1, 3, 3), padding=1)  # large enough for sums of several slabs
     dy, x = random_gradients(rng, g, "float32")
     on_device, numbers = (device.array(dy), device.array(x), g.w_shape), numbers_of(g)
     buffer, bias_buffer = device.array(np.zeros((3, 2, 3, 6), np.float32)), device.array(np.zeros(6, np.float32))
@@ -157,3 +175,11 @@ def test_an_empty_batch_is_zero(device):
     dy, x = (device.array(np.ones((0, 3, 5, 6), np.float32)) for _ in range(2))
     for gradient in cuconv.depthwise_conv2d_wgrad(dy, x, (3, 1, 3, 3), padding=1, bias=True):
         np.testing.assert_array_equal(device.host(gradient), np.zeros(gradient.shape))
+
+
+def test_tiles_refuse_what_they_do_not_take(device):
+    dy, x = (device.array(np.ones((1, 1, 20, 20), np.float32)) for _ in range(2))
+    with plan.variant("tiles"), pytest.raises(ValueError, match=r"variant tiles: takes more than 64 taps.* 3 x 3"):
+        cuconv.depthwise_conv2d_wgrad(dy, x, (1, 1, 3, 3), padding=1)
+    with plan.variant("tiles"), pytest.raises(ValueError, match=r"variant tiles: takes stride 1 and dilation 1.*2"):
+        cuconv.depthwise_conv2d_wgrad(dy, x, (1, 1, 11, 11), padding=10, dilation=2)

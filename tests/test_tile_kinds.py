@@ -119,7 +119,7 @@ def test_runs_of_wgrad(device, rng, dtype, x_shape, w_shape, numbers):
         yield "stages", tile.stages, tile.slabs > g.N
         yield "slabs", tile.slabs > 1
 
-    for tile in each_kind_once(wgrad.tiles(g, dtype, True, device.target, aligned=True), kinds):
+    for tile in each_kind_once(wgrad.tiles_of_runs(g, dtype, True, device.target, aligned=True), kinds):
         chosen = wgrad.tile_plan(g, dtype, True, device.target, tile)
         dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (w_shape, w_shape[:1]))
         workspace = device.array(np.full(max(1, chosen.workspace_bytes), 0xFF, np.uint8))
