@@ -39,8 +39,8 @@ CASES = {
 }
 
 
-# NVRTC takes up to a second for a kernel: on the GPU that kernels are tuned on every pass in every dtype, elsewhere some;
-# and kernels for channels-last, which all architectures take, on the oldest and on the one where they need most.
+# NVRTC takes up to a second for a kernel: on the GPU that kernels are tuned on every pass in every dtype, elsewhere
+# some; kernels for channels-last, which all architectures take, on the oldest and on the one where they need most.
 MEASURED = "sm_90a"
 EVERY = [*product(("forward", "dgrad"), plan.DTYPES)]
 SOME = [("forward", "bfloat16"), ("forward", "float32"), ("dgrad", "float64")]
