@@ -89,7 +89,7 @@ def workspace(given: Any, module: ModuleType, size: int) -> Any:
 
 
 def delivered(result: Any, out: Any, channels_last: bool = False) -> Any:
-    """The result in the layout that the caller's arrays have, copied to `out` where the kernel could not write to it."""
+    """The result in the layout of the caller's arrays, copied to `out` where the kernel could not write to it."""
     if out is None:
         return contiguous(result, channels_last)
     if result is not out:

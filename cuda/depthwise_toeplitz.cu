@@ -180,8 +180,9 @@ __device__ __forceinline__ void lay_out(const Parameters& g, const unsigned char
   const int parts = (image_rows + kBatch * pass_rows - 1) / (kBatch * pass_rows);
   const uint32 parts_magic = magic_of(parts);
   const uint32 rows_magic = magic_of(rows);
-  // From the last row of a plane to the first of the next one there are so many elements more than from row to row.
-  const int plane_gap = (g.H - rows) * g.W;
+  // From the last row of a plane to the first of the next one there are so many elements more than from row to row. One
+  // plane alone may have more elements than an int counts.
+  const int plane_gap = planes > 1 ? (g.H - rows) * g.W : 0;
   const int layout_plane_gap = g.block_images * g.plane_pitch - rows * g.pitch;
   const int first_column = (low - top_row) * g.pitch + g.lead + skipped;
 #pragma unroll 1

@@ -167,6 +167,11 @@ def test_no_bias_in_dgrad() -> None:
     assert program.to_measure(["dgrad"], cases.selected(["kb82+bias"], ["float32"]), ["nchw"]) == []
 
 
+def test_every_layout_is_measured() -> None:
+    todo = program.to_measure(["forward"], cases.selected(["mbv1_7"], ["float32"]), list(cases.LAYOUTS))
+    assert [layout for *_, layout in todo] == ["nchw", "nhwc"]
+
+
 @pytest.mark.skipif(measure.cupy_with_gpu() is not None, reason="there is a GPU")
 def test_needs_a_gpu() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks", "--quick"], cwd=ROOT, capture_output=True, text=True)

@@ -13,29 +13,50 @@ from backends import forget_kernels
 import cuconv
 from cuconv import plan
 
-# Both just beyond 2^31 elements of x and of y.
+# All just beyond 2^31 elements of x and of y.
 SHAPES = {"one_plane": (1, 1, 1_074_000, 2000), "many_planes": (46_400, 725, 8, 8)}
+CHANNELS_LAST_SHAPES = {"one_image": (1, 40, 26_850, 2000), "many_images": (46_400, 725, 8, 8)}
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
-def large(request, monkeypatch, rng):
-    """An array of zeros with random numbers at its end, and w, for the kernels on the host: the last block alone."""
+@pytest.fixture
+def last_block_alone(monkeypatch):
+    """Kernels run on the host, the last block of each alone."""
     if not hostcuda.available():
         pytest.skip("no g++: kernels do not run on the host")
     monkeypatch.setitem(sys.modules, "cupy", hostcuda.cupy_twin)
     forget_kernels()
-    shape = request.param
-    array = np.zeros(shape, np.float16)  # pages that nobody writes take no memory
-    assert array.size > 2**31
-    part = array[-1:, -1:, -8:]
-    part[...] = rng.standard_normal(part.shape)
-    w = rng.standard_normal((shape[1], 1, 2, 1)).astype(np.float16)
     with hostcuda.simulate(blocks=slice(-1, None), poison=False):
-        yield array.view(hostcuda.cupy_twin.ndarray), hostcuda.cupy_twin.asarray(w)
+        yield
     forget_kernels()
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
+def zeros_with_a_random_end(rng, shape):
+    """Pages that nobody writes take no memory."""
+    array = np.zeros(shape, np.float16)
+    assert array.size > 2**31
+    end = array.reshape(-1)[-8 * 8 * 2000 :]
+    end[...] = rng.standard_normal(end.shape)
+    return array.view(hostcuda.cupy_twin.ndarray)
+
+
+def random_w(rng, channels, R, S):
+    return hostcuda.cupy_twin.asarray(rng.standard_normal((channels, 1, R, S)).astype(np.float16))
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def large(request, last_block_alone, rng):
+    """An array that ends in random numbers, and w."""
+    return zeros_with_a_random_end(rng, request.param), random_w(rng, request.param[1], 2, 1)
+
+
+@pytest.fixture(params=CHANNELS_LAST_SHAPES.values(), ids=CHANNELS_LAST_SHAPES)
+def large_channels_last(request, last_block_alone, rng):
+    """As large, channels-last."""
+    N, C, H, W = request.param
+    return zeros_with_a_random_end(rng, (N, H, W, C)).transpose(0, 3, 1, 2), random_w(rng, C, 2, 1)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs", "toeplitz"])
 def test_the_last_block_of_a_large_convolution(large, variant):
     x, w = large
     with plan.variant(variant):
@@ -45,7 +66,7 @@ def test_the_last_block_of_a_large_convolution(large, variant):
     oracle.assert_within_bound(*last)
 
 
-@pytest.mark.parametrize("variant", ["direct", "runs"])
+@pytest.mark.parametrize("variant", ["direct", "runs", "toeplitz"])
 def test_the_last_block_of_a_large_dgrad(large, variant):
     dy, w = large
     with plan.variant(variant):
@@ -53,6 +74,36 @@ def test_the_last_block_of_a_large_dgrad(large, variant):
     # The last row of dx is the last row of dy times the last row of w.
     exact = np.asarray(dy[-1, -1, -1, -8:], np.float64) * float(w[-1, 0, 1, 0])
     np.testing.assert_array_equal(np.asarray(dx[-1, -1, -1, -8:]), exact.astype(np.float16))
+
+
+def test_the_last_block_of_a_large_kernel(large, rng):
+    x, _ = large
+    w = random_w(rng, x.shape[1], 8, 9)
+    with plan.variant("tiles"):
+        y = cuconv.depthwise_conv2d(x, w, padding=((7, 0), (8, 0)))
+    assert y.size > 2**31
+    last = np.asarray(x[-1:, -1:, -8:, -9:])
+    padding = ((0, 0), (9 - last.shape[3], 0))
+    oracle.assert_within_bound(np.asarray(y[-1:, -1:, -1:, -1:]), last, np.asarray(w[-1:]), padding=padding)
+
+
+@pytest.mark.parametrize("variant", ["direct", "channels_last"])
+def test_the_last_block_of_a_large_channels_last_convolution(large_channels_last, variant):
+    x, w = large_channels_last
+    with plan.variant(variant):
+        y = cuconv.depthwise_conv2d(x, w)
+    # The last channels of the last pixel belong to the last block of every variant.
+    last = (np.asarray(a) for a in (y[-1:, -8:, -1:, -1:], x[-1:, -8:, -2:, -1:], w[-8:]))
+    oracle.assert_within_bound(*last)
+
+
+@pytest.mark.parametrize("variant", ["direct", "channels_last"])
+def test_the_last_block_of_a_large_channels_last_dgrad(large_channels_last, variant):
+    dy, w = large_channels_last
+    with plan.variant(variant):
+        dx = cuconv.depthwise_conv2d_dgrad(dy, w, (*dy.shape[:2], dy.shape[2] + 1, dy.shape[3]))
+    exact = np.asarray(dy[-1, -8:, -1, -1], np.float64) * np.asarray(w[-8:, 0, 1, 0], np.float64)
+    np.testing.assert_array_equal(np.asarray(dx[-1, -8:, -1, -1]), exact.astype(np.float16))
 
 
 @pytest.mark.parametrize("variant", ["direct", "runs"])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
+from geometries import GEOMETRIES, VARIANTS, suits
+from geometries import PASSES as DIRECTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
-from cuconv.plan import base, runs, toeplitz
+from cuconv.plan import base, channels_last, runs, tiles, toeplitz
 
 H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
 
@@ -25,20 +28,62 @@ def geometry(x_shape, w_shape, **numbers) -> Conv2dGeometry:
     return depthwise_geometry(x_shape, w_shape, **numbers)
 
 
-def test_the_default_is_runs_where_they_run_then_toeplitz_then_direct():
-    g = geometry((16, 64, 512, 512), (64, 1, 3, 3))
-    assert plan.depthwise_forward(g, "float32", H200).source == "depthwise_runs"
-    assert plan.depthwise_forward(g, "float32", RTX_5090).source == "depthwise_runs"
-    assert plan.depthwise_forward(g, "float32", T4).source == "depthwise_forward_direct"
+def test_the_default():
+    """The first that suits of runs, channels_last, toeplitz, tiles and direct."""
+
+    def sources(g, dtype, target=H200):
+        return {make(g, dtype, target).source.removeprefix("depthwise_") for make in PASSES}
+
+    direct = {"forward_direct", "dgrad_direct"}
+    small = geometry((16, 64, 512, 512), (64, 1, 3, 3))
+    for dtype, target in product(plan.DTYPES, (H200, RTX_5090)):
+        assert sources(small, dtype, target) == {"runs"}
+    assert sources(small, "float32", T4) == direct
+    assert sources(geometry((64, 192, 56, 56), (192, 1, 7, 7), padding=3), "float16") == {"runs"}
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)
-    assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
-    assert plan.depthwise_forward(large, "bfloat16", H200).source == "depthwise_toeplitz"
-    assert plan.depthwise_dgrad(large, "float16", H200).source == "depthwise_toeplitz"
-    assert plan.depthwise_forward(large, "float16", plan.TARGETS[80]).source == "depthwise_forward_direct"
-    small = geometry((64, 192, 56, 56), (192, 1, 7, 7), padding=3)
-    assert plan.depthwise_forward(small, "float16", H200).source == "depthwise_runs"
+    assert sources(large, "float16") == sources(large, "bfloat16") == {"toeplitz"}
+    assert sources(large, "float32") == sources(large, "float64") == {"tiles"}
+    for dtype, target in product(plan.DTYPES, (T4, plan.TARGETS[80])):
+        assert sources(large, dtype, target) == {"tiles"}
+    strided = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15, stride=2)
+    dilated = geometry((16, 128, 56, 56), (128, 1, 11, 11), padding=15, dilation=(1, 3))
+    huge = geometry((1, 1, 500, 500), (1, 1, 251, 251))
     wide = geometry((1, 1, 3, 10**6), (1, 1, 3, 3))
-    assert plan.depthwise_forward(wide, "float32", H200).source == "depthwise_forward_direct"
+    for g in (strided, dilated, huge, wide):
+        assert sources(g, "float32") == direct
+
+
+def test_the_default_of_channels_last():
+    last = {"channels_last": True}
+    for target, make in product((H200, T4), PASSES):
+        for numbers in ({}, {"padding": 1}, {"stride": 2}, {"dilation": 12, "padding": 12}):
+            g = geometry((16, 64, 112, 112), (64, 1, 3, 3), **numbers, **last)
+            assert make(g, "float32", target).source == "depthwise_channels_last"
+    large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15, **last)
+    assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
+    multiplied = geometry((2, 3, 9, 12), (6, 1, 3, 2), **last)
+    assert plan.depthwise_forward(multiplied, "float32", H200).source == "depthwise_channels_last"
+    assert plan.depthwise_dgrad(multiplied, "float32", H200).source == "depthwise_dgrad_direct"
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_takes_what_the_tests_expect_of_it(variant, direction):
+    """Neither less, which would leave its tests out, nor more, which would go untested."""
+    assert set(VARIANTS) == set(plan.VARIANTS)
+    for nchw, dtype, last in product(GEOMETRIES.values(), plan.DTYPES, (False, True)):
+        g = replace(nchw, channels_last=last)
+        bias = (True,) if direction == "wgrad" else ()
+        chosen, reason = plan_or_reason(getattr(plan, f"depthwise_{direction}"), g, dtype, *bias, H200, variant)
+        assert (chosen is not None) == suits(variant, direction, g, dtype), (g, dtype, reason)
+
+
+def plan_or_reason(make, *arguments):
+    """A plan, or None and why there is none."""
+    try:
+        return make(*arguments), None
+    except plan.Unsuitable as reason:
+        return None, str(reason)
 
 
 def test_a_forced_variant_never_becomes_another():
@@ -55,7 +100,56 @@ def test_plans_are_cached_and_hashable():
     assert hash(first) == hash(plan.depthwise_forward.__wrapped__(g, "float32", H200))
 
 
-def covers_by_toeplitz(g, chosen):
+def check_direct(g, chosen, dtype, dgrad):
+    outputs = g.x_size if dgrad else g.y_size
+    assert (chosen.grid[0] - 1) * chosen.block < outputs <= chosen.grid[0] * chosen.block
+
+
+def check_runs(g, chosen, dtype, dgrad):
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    width, (rows, columns), channels = (g.Q, (g.H, g.W), g.C) if dgrad else (g.W, (g.P, g.Q), g.K)
+    # Every row, plane and image has one block.
+    block_rows, block_planes = values["block_rows"], values["block_planes"]
+    assert chosen.grid[0] * block_rows >= rows > (chosen.grid[0] - 1) * block_rows
+    assert chosen.grid[1] * block_planes >= values["image_planes"]
+    assert chosen.grid[2] * values["block_images"] >= values["images"]
+    assert (values["images"] - 1) * values["image_planes"] + values["last_image_planes"] == g.N * channels
+    assert 0 < values["last_image_planes"] <= values["image_planes"]
+    assert values["image_planes"] % channels == 0
+    # Every output of a block is in one patch; of several planes, every one has threads of its own.
+    assert defines["ROWS"] * values["row_items"] >= block_rows
+    assert defines["COLUMNS"] * values["column_items"] >= columns
+    items = values["row_items"] * values["column_items"]
+    assert block_planes == 1 or block_planes * items <= chosen.block
+    assert block_planes == 1 or block_rows == rows
+    # A spread has the same phase in every patch, or there is only one.
+    for extent, patch, by in ((rows, "ROWS", "SPREAD_H"), (columns, "COLUMNS", "SPREAD_W")):
+        assert defines[patch] % defines[by] == 0 or defines[patch] >= extent
+    # The rows that a block needs fit its run.
+    for first in range(0, rows, block_rows):
+        needed = rows_needed(g, dgrad, first, min(rows, first + block_rows))
+        summands = values["multiplier"] if defines["SUMMED"] else 1
+        elements = len(needed) * width
+        assert block_planes > 1 or summands == 1 or elements <= values["addend"]
+        elements += (summands - 1) * values["addend"]
+        assert block_planes > 1 or elements * plan.DTYPES[dtype][1] + 16 <= values["input_bytes"]
+
+
+def rows_needed(g, dgrad, first, end):
+    """The rows of x, for dgrad of dy, of which the output rows from first on are made, and those between them."""
+    (top, _), stride, dilation = g.padding[0], g.stride[0], g.dilation[0]
+    if not dgrad:
+        needed = {p * stride - top + r * dilation for p in (first, end - 1) for r in (0, g.R - 1)}
+        needed = {min(max(row, 0), g.H - 1) for row in needed}
+    else:
+        met = product(range(first, end), range(g.R))
+        over = [h + top - r * dilation for h, r in met]
+        needed = {p // stride for p in over if p % stride == 0 and 0 <= p // stride < g.P}
+    return range(min(needed), max(needed) + 1) if needed else range(0)
+
+
+def check_toeplitz(g, chosen, dtype, dgrad):
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
     values, defines = dict(chosen.parameters), dict(chosen.defines)
     # Every row, plane and image has one block.
     assert chosen.grid[0] * values["block_rows"] >= g.P > (chosen.grid[0] - 1) * values["block_rows"]
@@ -91,85 +185,164 @@ def covers_by_toeplitz(g, chosen):
     assert values["pitch"] >= max(values["lead"] + g.W, right - max(0, values["lead"]))
 
 
+def check_tiles(g, chosen, dtype, dgrad):
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    rows, columns = defines["ROWS"] * values["row_items"], defines["COLUMNS"] * values["column_items"]
+    # Every plane, row and column has one block, and every output of a block has one thread.
+    assert values["planes"] == g.N * g.K
+    covered = (values["block_planes"], rows, columns)
+    for blocks, of_block, extent in zip(chosen.grid, covered, (g.N * g.K, g.P, g.Q), strict=True):
+        assert (blocks - 1) * of_block < extent <= blocks * of_block
+    assert values["block_planes"] * values["row_items"] * values["column_items"] <= defines["THREADS"]
+    # There is room for the rows of x that a block's outputs need, for what a thread loads of them, and for the weights.
+    assert values["block_rows"] >= min(g.H, rows + g.R - 1)
+    vector, chunk = defines["VECTOR"], defines["CHUNK"]
+    full, tail = divmod(g.S, chunk)
+    assert tail == defines["TAIL"]
+    ends = [(full - 1) * chunk + -(-(defines["COLUMNS"] + chunk - 1) // vector) * vector] if full else []
+    ends += [full * chunk + -(-(defines["COLUMNS"] + tail - 1) // vector) * vector] if tail else []
+    assert values["pitch"] >= columns - defines["COLUMNS"] + max(ends)
+    assert values["channel_pitch"] >= -(-g.S // chunk) * g.R * chunk
+    starts = range(0, g.N * g.K, values["block_planes"])
+    for first in starts[:50]:
+        last = min(first + values["block_planes"], g.N * g.K) - 1
+        assert last // g.N - first // g.N + 1 <= values["block_channels"]
+    # Vectors start where vectors may: in shared memory and in x and y.
+    size = max(4, plan.DTYPES[dtype][1])
+    assert values["pitch"] * size % 16 == values["channel_pitch"] * size % 16 == 0
+    assert values["column_items"] == 1 or defines["COLUMNS"] % vector == 0
+    assert g.W % defines["IN_VECTOR"] == 0
+    assert g.Q % defines["OUT_VECTOR"] == defines["COLUMNS"] % defines["OUT_VECTOR"] == 0
+
+
+def check_channels_last(g, chosen, dtype, dgrad):
+    """Every output is in one patch and every patch has a thread."""
+    g = channels_last.swapped(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    assert values["groups"] * defines["VECTOR"] == g.K
+    items = values["groups"] * values["column_items"] * values["row_items"] * g.N
+    assert values["items"] == items
+    assert (chosen.grid[0] - 1) * chosen.block < items <= chosen.grid[0] * chosen.block <= 2**31 - 1
+    extents = ((g.P, values["rows"], "row", "h", 0), (g.Q, defines["COLUMNS"], "column", "w", 1))
+    for extent, count, name, suffix, axis in extents:
+        patches, spacing = np.arange(values[f"{name}_items"]), values[f"spacing_{suffix}"]
+        starts = patches + patches // spacing * (count - 1) * spacing
+        if defines["TRANSPOSED"]:
+            stride = defines[f"STRIDE_{suffix.upper()}"]
+            assert count % stride == 0
+            starts -= g.padding[axis][0] % stride
+        outputs = (starts[:, None] + np.arange(count) * spacing).ravel()
+        outputs = outputs[(outputs >= 0) & (outputs < extent)]
+        np.testing.assert_array_equal(np.sort(outputs), np.arange(extent))
+
+
+CHECKS = {
+    "direct": check_direct,
+    "runs": check_runs,
+    "toeplitz": check_toeplitz,
+    "tiles": check_tiles,
+    "channels_last": check_channels_last,
+}
+
 extent = st.integers(1, 300)
 
 
-@settings(max_examples=300, deadline=None)
+@st.composite
+def geometries(draw, variant):
+    """Geometries that the variant takes, forward at least: of a small kernel or, for tiles, a large one."""
+    N, C, H, W = draw(st.tuples(st.integers(1, 70), st.integers(1, 70), extent, extent))
+    numbers = {"channels_last": variant == "channels_last" or (variant == "direct" and draw(st.booleans()))}
+    if variant == "tiles":
+        kernel = draw(
+            st.tuples(st.integers(1, 40), st.integers(2, 40)).filter(lambda kernel: kernel[0] * kernel[1] > 64)
+        )
+        most_padding = 50
+    else:
+        kernel = draw(st.tuples(*[st.integers(1, 9)] * 2).filter(lambda kernel: kernel[0] * kernel[1] <= 64))
+        numbers |= {name: draw(st.tuples(*[st.integers(1, 4)] * 2)) for name in ("stride", "dilation")}
+        most_padding = 9
+    side = st.integers(0, most_padding)
+    # No smaller than what the kernel reaches over.
+    reach = [d * (k - 1) + 1 for d, k in zip(numbers.get("dilation", (1, 1)), kernel, strict=True)]
+    padding = [draw(st.tuples(side, side)) for _ in range(2)]
+    H, W = (max(size, r - sum(around)) for size, r, around in zip((H, W), reach, padding, strict=True))
+    return geometry((N, C, H, W), (C * draw(st.integers(1, 3)), 1, *kernel), padding=tuple(padding), **numbers)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=50, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), extent, extent),
-    multiplier=st.integers(1, 3),
-    kernel=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    dilation=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    padding=st.tuples(st.tuples(st.integers(0, 9), st.integers(0, 9)), st.tuples(st.integers(0, 9), st.integers(0, 9))),
+    data=st.data(),
     dtype=st.sampled_from(list(plan.DTYPES)),
     target=st.sampled_from([H200, RTX_5090]),
+    aligned=st.booleans(),
 )
-def test_every_plan_covers_the_output_and_fits_the_device(
-    shape, multiplier, kernel, stride, dilation, padding, dtype, target
-):
-    try:
-        g = geometry(shape, (shape[1] * multiplier, 1, *kernel), stride=stride, dilation=dilation, padding=padding)
-    except ValueError:
-        return  # a kernel larger than its input
-    forward = ((g.H, g.W), (g.P, g.Q), g.K, g.y_size)
-    dgrad = ((g.P, g.Q), (g.H, g.W), g.C, g.x_size)
-    for (make, sizes), variant in product(zip(PASSES, (forward, dgrad), strict=True), plan.VARIANTS):
-        (_, width), (rows, columns), channels, outputs = sizes
-        try:
-            chosen = make(g, dtype, target, variant)
-        except plan.Unsuitable:
+def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, target, aligned):
+    g = data.draw(geometries(variant))
+    dtype = "bfloat16" if variant == "toeplitz" else dtype
+    for direction, make in zip(("forward", "dgrad"), PASSES, strict=True):
+        chosen, reason = plan_or_reason(make, g, dtype, target, variant, aligned)
+        if chosen is None:
+            assert not suits(variant, direction, g, dtype) or "fit" in reason
             continue
-        values, defines = dict(chosen.parameters), dict(chosen.defines)
+        assert suits(variant, direction, g, dtype)
         assert all(1 <= extent <= limit for extent, limit in zip(chosen.grid, plan.MAX_GRID, strict=True))
         assert 1 <= chosen.block <= 256
         assert 0 <= chosen.shared_bytes <= target.shared_per_block
         struct = chosen.parameter_struct()
         assert all(struct[name] == value for name, value in chosen.parameters)
-        if variant == "direct":
-            assert (chosen.grid[0] - 1) * chosen.block < outputs <= chosen.grid[0] * chosen.block
-            continue
-        if variant == "toeplitz":
-            covers_by_toeplitz(g, chosen)
-            continue
-        # Every row, plane and image has one block.
-        block_rows, block_planes = values["block_rows"], values["block_planes"]
-        assert chosen.grid[0] * block_rows >= rows > (chosen.grid[0] - 1) * block_rows
-        assert chosen.grid[1] * block_planes >= values["image_planes"]
-        assert chosen.grid[2] * values["block_images"] >= values["images"]
-        assert (values["images"] - 1) * values["image_planes"] + values["last_image_planes"] == g.N * channels
-        assert 0 < values["last_image_planes"] <= values["image_planes"]
-        assert values["image_planes"] % channels == 0
-        # Every output of a block is in one patch; of several planes, every one has threads of its own.
-        assert defines["ROWS"] * values["row_items"] >= block_rows
-        assert defines["COLUMNS"] * values["column_items"] >= columns
-        items = values["row_items"] * values["column_items"]
-        assert block_planes == 1 or block_planes * items <= chosen.block
-        assert block_planes == 1 or block_rows == rows
-        # A spread has the same phase in every patch, or there is only one.
-        for extent, patch, by in ((rows, "ROWS", "SPREAD_H"), (columns, "COLUMNS", "SPREAD_W")):
-            assert defines[patch] % defines[by] == 0 or defines[patch] >= extent
-        # The rows that a block needs fit its run.
-        for first in range(0, rows, block_rows):
-            needed = rows_needed(make, g, first, min(rows, first + block_rows))
-            summands = values["multiplier"] if defines["SUMMED"] else 1
-            elements = len(needed) * width
-            assert block_planes > 1 or summands == 1 or elements <= values["addend"]
-            elements += (summands - 1) * values["addend"]
-            assert block_planes > 1 or elements * plan.DTYPES[dtype][1] + 16 <= values["input_bytes"]
+        CHECKS[variant](g, chosen, dtype, direction == "dgrad")
 
 
-def rows_needed(make, g, first, end):
-    """The rows of x, for dgrad of dy, of which the output rows from first on are made, and those between them."""
-    (top, _), stride, dilation = g.padding[0], g.stride[0], g.dilation[0]
-    if make is plan.depthwise_forward:
-        needed = {p * stride - top + r * dilation for p in (first, end - 1) for r in (0, g.R - 1)}
-        needed = {min(max(row, 0), g.H - 1) for row in needed}
-    else:
-        met = product(range(first, end), range(g.R))
-        over = [h + top - r * dilation for h, r in met]
-        needed = {p // stride for p in over if p % stride == 0 and 0 <= p // stride < g.P}
-    return range(min(needed), max(needed) + 1) if needed else range(0)
+def test_strided_gradients_begin_before_the_padding():
+    for height, width, top, left, stride in product((8, 9, 16), (14, 15), (0, 1, 2, 3), (0, 1), ((2, 2), (1, 2))):
+        padding = ((top, 1), (left, 2))
+        g = geometry((2, 6, height, width), (6, 1, 3, 2), stride=stride, padding=padding, channels_last=True)
+        swapped = channels_last.swapped(g)
+        for tile in channels_last.tiles(swapped, "float32", H200, True, transposed=True):
+            check_channels_last(g, channels_last.tile_plan(swapped, "float32", tile, transposed=True), "float32", True)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 63, 64, 65, 1000, 2**16 + 1, 2**30 - 1, 2**30 + 1, 2**31 - 1])
+def test_division_by_a_reciprocal_is_exact(divisor):
+    magic, shift = channels_last.reciprocal(divisor)
+    assert magic < 2**32
+    assert shift < 64
+    for number in {0, 1, divisor - 1, divisor, divisor + 1, 2**31 - 2, 2**31 - 1, 2**31 // divisor * divisor - 1}:
+        if number < 2**31:
+            assert number * magic >> shift == number // divisor
+
+
+def test_vectors_of_channels_need_aligned_arrays_and_whole_vectors():
+    for channels, dtype, vectors in (
+        (64, "float32", {1, 2, 4}),
+        (64, "float16", {1, 2, 4, 8}),
+        (64, "float64", {1, 2}),
+        (67, "float32", {1}),
+        (66, "float16", {1, 2}),
+    ):
+        g = geometry((16, channels, 40, 50), (channels, 1, 3, 1), channels_last=True)
+        assert {tile.vector for tile in channels_last.tiles(g, dtype, H200, True)} == vectors
+        assert {tile.vector for tile in channels_last.tiles(g, dtype, H200, False)} == {1}
+
+
+def test_the_number_of_channels_last_variants_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for padding, stride, dilation, make in product((0, 1, 9), (1, 2, 3), (1, 2), PASSES):
+        for _ in range(10):
+            n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
+            numbers = {"padding": padding, "stride": stride, "dilation": dilation, "channels_last": True}
+            g = geometry((n, c, h + 5, w + 5), (c, 1, 3, 3), **numbers)
+            chosen = make(g, "float32", H200)
+            if chosen.source == "depthwise_channels_last":
+                for name, value in chosen.defines:
+                    seen.setdefault(name, set()).add(value)
+    assert seen["COLUMNS"] <= set(channels_last._COLUMNS)
+    assert seen["DEPTH"] <= set(channels_last._DEPTHS)
+    assert seen["VECTOR"] <= {1, 2, 4}
+    assert all(len(values) <= 2 for name, values in seen.items() if name not in ("COLUMNS", "DEPTH", "VECTOR")), seen
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 63, 1000, 2**15 - 1])
@@ -199,7 +372,7 @@ def test_the_number_of_variants_is_bounded(make):
     seen = {}
     strides = (1, 2, 3)
     for padding, stride, dilation in product((0, 1, 9), strides, (1, 2)):
-        for _ in range(40):
+        for _ in range(15):
             n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
             g = geometry((n, c, h + 5, w + 5), (c, 1, 3, 3), padding=padding, stride=stride, dilation=dilation)
             for name, value in make(g, "float32", H200).defines:
@@ -239,6 +412,22 @@ def test_the_number_of_toeplitz_variants_is_bounded():
     assert all(len(values) <= 2 for values in seen.values()), choices
 
 
+def test_the_number_of_tiles_variants_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for _ in range(60):
+        n, c, h, w, R, S = (int(v) for v in rng.integers(1, (70, 70, 100, 100, 50, 50)))
+        if R * S > runs.MAX_TAPS:
+            g = geometry((n, c, h + R, w + S), (c, 1, R, S), padding=(R // 2, S // 2))
+            for name, value in plan.depthwise_forward(g, "float32", H200, "tiles").defines:
+                seen.setdefault(name, set()).add(value)
+    choices = {name: len(values) for name, values in seen.items()}
+    assert choices.pop("ROWS") <= len({rows for rows, _ in tiles._SHAPES})
+    assert choices.pop("COLUMNS") <= len({columns for _, columns in tiles._SHAPES})
+    assert choices.pop("TAIL") <= max(tiles._CHUNKS)
+    assert all(count <= 3 for count in choices.values()), choices
+
+
 @pytest.mark.parametrize(
     ("dtype", "target", "numbers", "reason"),
     [
@@ -271,9 +460,12 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
     """Names and order in the plan are those of the C++ struct."""
     from cuconv import kernels
 
-    g = geometry((2, 3, 9, 9), (3, 1, 3, 3))
-    plans = [make(g, "float16", H200, variant) for make in PASSES for variant in plan.VARIANTS]
-    assert len({chosen.source for chosen in plans}) == 4
+    plans = []
+    for variant, make in product(VARIANTS, PASSES):
+        kernel = (9, 9) if variant == "tiles" else (3, 3)
+        g = geometry((2, 3, 9, 9), (3, 1, *kernel), padding=4, channels_last=variant == "channels_last")
+        plans.append(make(g, "float16", H200, variant))
+    assert len({chosen.source for chosen in plans}) == 6
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

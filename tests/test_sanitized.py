@@ -11,12 +11,27 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # float16 has the most columns a thread and the most elements in heads and tails; the other dtypes differ in width only.
-CHOSEN = "hostcuda and (float16 or several_images or padding_takes_part)"
+# Of geometries those with and without vectors and padding, of pieces of planes and of several planes.
+GEOMETRIES = (
+    "3x3_padded",
+    "3x3_dilated_strided",
+    "3x3_stride_2-",
+    "multiplier_3-",
+    "planes_together",
+    "images_together",
+    "rows_apart",
+    "one_pixel",
+    "large_kernel-",
+    "51x5",
+    "281_channels",
+)
+CHOSEN = f"hostcuda and ((float16 and ({' or '.join(GEOMETRIES)})) or (test_runs and small_planes))"
+FILES = [f"tests/test_{name}.py" for name in ("depthwise", "depthwise_dgrad", "depthwise_wgrad", "tile_kinds")]
 
 
 @pytest.mark.skipif(not hostcuda.available(), reason="no g++: kernels do not run on the host")
 def test_kernels_stay_within_their_arrays():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_depthwise.py", "-k", CHOSEN]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", CHOSEN]
     result = subprocess.run(
         command, cwd=ROOT, env=hostcuda.sanitizer_environment(), capture_output=True, text=True, check=False
     )

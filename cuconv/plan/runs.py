@@ -220,7 +220,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("block_planes", tile.block_planes),
             ("block_rows", tile.block_rows),
             ("block_images", tile.block_images),
-            ("addend", tile.addend),
+            ("addend", tile.addend if _summed(g) > 1 else 0),
             ("input_bytes", tile.input_bytes),
             ("output_bytes", tile.output_bytes),
         ),

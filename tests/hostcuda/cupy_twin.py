@@ -142,10 +142,11 @@ class RawModule:
 
 @functools.cache
 def _build(code: str, name: str, options: tuple[str, ...], sanitize: bool) -> ctypes.PyDLL:
-    command = ["g++", "-O1", "-g", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
     command += ["-Wno-unused-function", "-Werror=frame-larger-than=32768", f"-fsanitize={UNDEFINED}"]
     command += [f"-fno-sanitize-recover={UNDEFINED}", "-fdata-sections", f"-Wl,-T,{HERE}/shared.ld", *options]
-    command += ["-fsanitize=address"] if sanitize else []
+    # Debug information, a fifth of the time, is for ASan's report; the others name lines without it.
+    command += ["-fsanitize=address", "-g"] if sanitize else []
     own = [(HERE / file).read_text() for file in ("hostcuda.h", "machine.h", "shared.ld", "cupy_twin.py")]
     key = hashlib.sha256("\0".join([*own, code, name, *command]).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"cuconv-hostcuda-{os.getuid()}"

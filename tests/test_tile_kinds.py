@@ -1,0 +1,219 @@
+"""Tiles of every kind of every family, on arrays so small that the plan would choose few of them.
+
+g++ takes most of the time, once for every tile: hence not every geometry in every dtype, and no products of kinds.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import numpy as np
+import oracle
+import pytest
+from geometries import numbers_of, random_dy
+
+from cuconv import kernels
+from cuconv.geometry import depthwise_geometry
+from cuconv.plan import channels_last, runs, tiles, toeplitz, wgrad
+
+
+def each_kind_once(choices, kinds_of):
+    """Of the tiles, few that together are of every kind; kinds_of(tile) names those that a tile is of."""
+    kinds = [(tile, set(kinds_of(tile))) for tile in choices]
+    unseen = set().union(*(of_tile for _, of_tile in kinds))
+    while unseen:
+        tile, of_tile = max(kinds, key=lambda pair: len(pair[1] & unseen))
+        unseen -= of_tile
+        yield tile
+
+
+def fields(tile, *names):
+    return {(name, getattr(tile, name)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_shape", "w_shape", "numbers"),
+    [
+        ("float32", (17, 90, 7, 6), (90, 1, 3, 3), {"padding": 1}),
+        ("bfloat16", (3, 4, 37, 22), (8, 1, 3, 2), {"padding": ((1, 0), (2, 1)), "stride": (2, 1)}),
+        ("float64", (2, 3, 40, 31), (3, 1, 2, 3), {"padding": 2, "dilation": (2, 3)}),
+    ],
+    ids=["small_planes", "strided", "dilated"],
+)
+def test_runs(device, rng, dtype, x_shape, w_shape, numbers):
+    """Pieces of planes and several planes; blocks that go through images in turn, two of them under way at once."""
+    g = depthwise_geometry(x_shape, w_shape, **numbers)
+    x, w, bias = oracle.random_arrays(rng, x_shape, w_shape, dtype)
+    choices = [
+        tile
+        for patch in runs.patches(g, dtype, aligned=True)
+        for tile in runs.tiles(g, dtype, patch, device.target.shared_per_block // 2)
+    ]
+
+    def kinds(tile):
+        patch = tile.patch
+        yield "planes", tile.block_planes > 1, g.K % tile.block_planes > 0
+        yield "images", tile.block_images, tile.block_planes > 1
+        yield "rows", tile.block_rows < g.P, g.P % tile.block_rows > 0
+        yield "patch", patch.whole_rows, patch.vector, patch.out_vector
+
+    chosen = list(each_kind_once(choices, kinds))
+    assert {tile.block_images for tile in chosen} == {1, 2, 4} & {n for n in (1, 2, 4) if n <= g.N}
+    for tile in chosen:
+        y = device.launch(runs.tile_plan(g, dtype, tile), x, w, bias, g.y_shape)
+        oracle.assert_within_bound(y, x, w, bias, **numbers_of(g))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_shape", "w_shape", "numbers"),
+    [
+        ("float32", (5, 7, 14, 14), (7, 1, 3, 3), {"stride": (2, 2), "padding": ((1, 1), (1, 1))}),
+        ("bfloat16", (4, 3, 37, 22), (6, 1, 2, 3), {"stride": (2, 1), "padding": ((1, 0), (2, 1))}),
+        ("float32", (4, 3, 25, 32), (9, 1, 3, 2), {"stride": (1, 3), "padding": ((2, 2), (0, 3))}),
+        ("bfloat16", (3, 2, 40, 24), (2, 1, 4, 4), {"stride": (4, 4)}),
+    ],
+    ids=["spread", "spread_and_summed", "summed", "covered_once"],
+)
+def test_runs_of_dgrad(device, rng, dtype, x_shape, w_shape, numbers):
+    """Parts of planes, several planes, several images in turn, of a dy that is spread, summed or both."""
+    g = depthwise_geometry(x_shape, w_shape, **numbers)
+    dy, w = (rng.standard_normal(shape).astype(oracle.DTYPES[dtype]) for shape in (g.y_shape, w_shape))
+    as_forward, spread = runs.dgrad_as_forward(g)
+    choices = [
+        tile
+        for patch in runs.patches(as_forward, dtype, True, spread)
+        for tile in runs.tiles(as_forward, dtype, patch, device.target.shared_per_block // 2)
+    ]
+
+    def kinds(tile):
+        yield tile.patch.whole_rows, tile.block_planes > 1, tile.block_rows < g.H, tile.stages
+
+    chosen = list(each_kind_once(choices, kinds))
+    assert len(chosen) >= 6
+    for tile in chosen:
+        dx = device.launch(runs.tile_plan(as_forward, dtype, tile, turned=True), dy, w, None, x_shape)
+        oracle.assert_dgrad_within_bound(dx, dy, w, **numbers_of(g))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_shape", "w_shape", "numbers"),
+    [
+        ("float32", (3, 20, 14, 14), (20, 1, 3, 3), {"padding": ((1, 1), (1, 1))}),
+        ("bfloat16", (5, 2, 37, 22), (4, 1, 2, 3), {"padding": ((1, 0), (2, 1)), "stride": (2, 1)}),
+        ("float32", (2, 3, 40, 31), (3, 1, 3, 2), {"padding": ((2, 2), (0, 3)), "dilation": (2, 3)}),
+    ],
+    ids=["small_planes", "strided", "dilated"],
+)
+def test_runs_of_wgrad(device, rng, dtype, x_shape, w_shape, numbers):
+    """Units of rows and of planes, few and many slabs, all stages, patches that end where dy does and that do not."""
+    g = depthwise_geometry(x_shape, w_shape, **numbers)
+    dy, x = random_dy(rng, g, dtype), oracle.random_arrays(rng, x_shape, w_shape, dtype)[0]
+
+    def kinds(tile):
+        patch = tile.patch
+        yield "beyond rows", g.P % (patch.rows * patch.spacing[0]) > 0
+        yield "beyond columns", g.Q % (patch.columns * patch.spacing[1]) > 0
+        yield "last unit shorter", g.P % tile.block_rows > 0, patch.rows > 1
+        yield "vectors", patch.vector, patch.out_vector, patch.whole_rows
+        yield "planes", tile.block_planes > 1, g.K % tile.block_planes > 0
+        yield "stages", tile.stages, tile.slabs > g.N
+        yield "slabs", tile.slabs > 1
+
+    for tile in each_kind_once(wgrad.tiles_of_runs(g, dtype, True, device.target, aligned=True), kinds):
+        chosen = wgrad.tile_plan(g, dtype, True, device.target, tile)
+        dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (w_shape, w_shape[:1]))
+        workspace = device.array(np.full(max(1, chosen.workspace_bytes), 0xFF, np.uint8))
+        given = device.array(dy), device.array(x), workspace, dw, dbias
+        kernels.load(chosen.sums, 0)(*(array.data.ptr for array in given))
+        if chosen.reduce is not None:
+            kernels.load(chosen.reduce, 0)(*(array.data.ptr for array in given[2:]))
+        oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers_of(g))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "numbers"),
+    [
+        ((11, 9, 13, 12), (9, 1, 3, 3), {"padding": 1}),
+        ((3, 4, 40, 15), (8, 1, 12, 4), {"padding": (5, 2), "stride": (2, 1)}),
+    ],
+    ids=["bands_held", "rows_held"],
+)
+def test_toeplitz(device, rng, x_shape, w_shape, numbers):
+    """Every choice of every part of a tile, each at least once."""
+    g = depthwise_geometry(x_shape, w_shape, **numbers)
+    x, w, bias = oracle.random_arrays(rng, x_shape, w_shape, "float16")
+    parts = ("rows", "block_rows", "block_planes", "block_images", "block_turns", "warps")
+    choices = toeplitz.tiles(g, aligned=True, budget=device.target.shared_per_block // 2)
+    chosen = list(each_kind_once(choices, lambda tile: fields(tile, *parts)))
+    assert all(len({getattr(tile, part) for tile in chosen}) > 1 for part in parts)
+    for tile in chosen:
+        y = device.launch(toeplitz.tile_plan(g, "float16", tile), x, w, bias, g.y_shape)
+        oracle.assert_within_bound(y, x, w, bias, **numbers_of(g))
+
+
+def test_tiles(device, rng):
+    """Every shape of a thread's tile; bands of columns, of rows and of both, several channels, the images of one; every
+    other with the kernel turned around, as in dgrad."""
+    x, w, bias = oracle.random_arrays(rng, (3, 4, 19, 31), (4, 1, 6, 11), "float32")
+    g = depthwise_geometry(x.shape, w.shape, padding=((2, 5), (7, 1)))
+
+    def kinds(tile):
+        yield "shape", tile.rows, tile.columns
+        yield "loads", tile.chunk, tile.vector
+        yield "bands", tile.column_items * tile.columns < g.Q, tile.row_items * tile.rows < g.P, tile.chunk
+        yield "planes", min(tile.block_channels, 3), tile.block_planes > 1
+
+    chosen = list(each_kind_once(tiles.tiles(g, "float32", device.target, aligned=True), kinds))
+    assert {tile.chunk for tile in chosen} == {4, 8}
+    assert {(tile.rows, tile.columns) for tile in chosen} == set(tiles._SHAPES)
+    assert max(tile.block_channels for tile in chosen) > 2
+    for turned, tile in zip(cycle((False, True)), chosen, strict=False):
+        y = device.launch(tiles.tile_plan(g, "float32", tile, turned), x, w, bias, g.y_shape)
+        oracle.assert_within_bound(y, x, w[:, :, ::-1, ::-1] if turned else w, bias, **numbers_of(g))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [((13, 9), "float16"), ((9, 12), "bfloat16"), ((33, 3), "float32"), ((9, 12), "float64")],
+)
+def test_nan_poisons_its_receptive_field_in_the_largest_of_tiles(device, rng, kernel, dtype):
+    """A pixel of NaN in every plane, at another place each."""
+    x, w, bias = oracle.random_arrays(rng, (9, 3, 21, 31), (3, 1, *kernel), dtype)
+    g = depthwise_geometry(x.shape, w.shape, padding=((kernel[0] - 3, 3), (2, kernel[1] - 2)))
+    largest = max(tiles.tiles(g, dtype, device.target, aligned=True), key=lambda t: (t.rows * t.columns, t.chunk))
+    chosen = tiles.tile_plan(g, dtype, largest)
+    oracle.assert_within_bound(device.launch(chosen, x, w, bias, g.y_shape), x, w, bias, **numbers_of(g))
+    for place, plane in enumerate(x.reshape(-1, 21, 31)):
+        plane[place * 20 // 26, place * 7 % 31] = np.nan
+    expected = np.isnan(oracle.convolve(x, w, **numbers_of(g)))
+    np.testing.assert_array_equal(np.isnan(device.launch(chosen, x, w, bias, g.y_shape)), expected)
+    assert 0 < expected.sum() < expected.size / 2
+
+
+@pytest.mark.parametrize(
+    ("transposed", "dtype", "stride"),
+    [(False, "float16", 1), (False, "float32", 2), (True, "float32", 1), (True, "float16", 2)],
+)
+def test_channels_last(device, rng, transposed, dtype, stride):
+    """Every vector, number of columns and depth, and patches of few and of all rows."""
+    x, w, bias = oracle.random_arrays(rng, (2, 24, 13, 10), (24, 1, 3, 2), dtype)
+    padding = ((1, 0), (1, 1))
+    g = depthwise_geometry(x.shape, w.shape, stride=stride, padding=padding, channels_last=True)
+    dy = random_dy(rng, g, dtype)
+    of_tile = channels_last.swapped(g) if transposed else g
+
+    def kinds(tile):
+        yield from fields(tile, "vector", "columns", "depth", "threads")
+        yield "rows", min(tile.rows, 2 * stride), tile.rows >= of_tile.P
+
+    choices = list(channels_last.tiles(of_tile, dtype, device.target, True, transposed))
+    chosen = list(each_kind_once(choices, kinds))
+    assert {tile.vector for tile in chosen} >= {1, 2, 4}
+    for tile in chosen:
+        kernel = channels_last.tile_plan(of_tile, dtype, tile, transposed)
+        if transposed:
+            dx = device.launch(kernel, dy, w, None, g.x_shape, "nhwc")
+            oracle.assert_dgrad_within_bound(dx, dy, w, **numbers_of(g))
+        else:
+            y = device.launch(kernel, x, w, bias, g.y_shape, "nhwc")
+            oracle.assert_within_bound(y, x, w, bias, **numbers_of(g))
