@@ -73,7 +73,8 @@ def direct(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
 _REDUCE_RESULTS, _REDUCE_THREADS = 32, 256
 
 
-def _with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
+def with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
+    """Sums of several slabs, and the launch that adds them."""
     taps = g.R * g.S
     total = g.K * (taps + bias)
     reduce = Plan(
@@ -84,10 +85,11 @@ def _with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bo
         shared_bytes=0,
         parameters=(("K", g.K), ("taps", taps), ("slabs", slabs), ("total_entries", total)),
     )
-    return WgradPlan(sums, reduce, slabs * total * _sum_bytes(dtype))
+    return WgradPlan(sums, reduce, slabs * total * sum_bytes(dtype))
 
 
-def _sum_bytes(dtype: str) -> int:
+def sum_bytes(dtype: str) -> int:
+    """Of one sum, made in float32 or float64."""
     return 8 if dtype == "float64" else 4
 
 
@@ -210,12 +212,12 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("dy_bytes", tile.dy_bytes),
         ),
     )
-    return WgradPlan(sums, None, 0) if slabs == 1 else _with_reduce(sums, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
     """For the units under way; in the end for the sums of every thread."""
-    sums = (g.R * g.S + bias) * tile.threads * _sum_bytes(dtype)
+    sums = (g.R * g.S + bias) * tile.threads * sum_bytes(dtype)
     return max(tile.stages * (tile.x_bytes + tile.dy_bytes), sums)
 
 
@@ -364,7 +366,7 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     needed = (tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
     halo = 1.0 if row_units == 1 else needed / (tile.block_rows * g.stride[0])
     run_share = (halo * g.x_size / g.y_size + 1) * size
-    traffic = run_share + 2 * entries * _sum_bytes(dtype) * tile.block_planes / (elements * block_units)
+    traffic = run_share + 2 * entries * sum_bytes(dtype) * tile.block_planes / (elements * block_units)
     resident = _resident(g, dtype, bias, target, tile)
     blocks = -(-units // block_units) * -(-g.K // tile.block_planes)
     filled = blocks / target.multiprocessors
