@@ -17,6 +17,7 @@
 // The gradient: row i of dy and kernel row r meet row i * stride + r - top of dx. A patch starts where that is i * stride
 // for kernel row 0, so that which rows meet is known at compile time; for this it takes strides without dilation, and
 // dilations without stride.
+#include "channels_last.cuh"
 #include "numbers.cuh"
 
 using T = CUCONV_T;
@@ -46,11 +47,6 @@ constexpr int kSpanW = kTransposed ? kBackW + (kColumns - 1) / kStrideW + 1 : (k
 constexpr int kRing = kTransposed ? (kBackH + 1) * kStrideH : (kR + kStrideH - 1) / kStrideH;
 constexpr int kPeriod = kTransposed ? kBackH + 1 : kRing * kStrideH;
 
-__device__ __forceinline__ constexpr int least_common_multiple(int a, int b) {
-  int multiple = a;
-  while (multiple % b != 0) multiple += a;
-  return multiple;
-}
 // So that registers are known at compile time, as many rows are unrolled as bring sums and loads around together.
 constexpr int kUnrolled = least_common_multiple(kPeriod, kDepth);
 
@@ -74,15 +70,6 @@ struct Parameters {
   int groups_shift, column_items_shift, row_items_shift;
 };
 
-// n / d for all n, by a multiplication: magic is 2^shift / d, rounded up, and below 2^32, with 2^(shift - 31) >= d.
-__device__ __forceinline__ int divide(int n, uint32 magic, int shift) {
-  return static_cast<int>(static_cast<uint64>(static_cast<uint32>(n)) * magic >> shift);
-}
-
-__device__ __forceinline__ bool within(int index, int extent) {
-  return static_cast<uint32>(index) < static_cast<uint32>(extent);
-}
-
 // The column of a patch that column j of its input meets through kernel column s, or one outside of the patch.
 __device__ __forceinline__ constexpr int column_met(int j, int s) {
   if (kTransposed) return (j - kBackW) * kStrideW + s;
@@ -94,11 +81,6 @@ __device__ __forceinline__ constexpr int row_met(int i, int r) {
   if (kTransposed) return ((i + 1) % kPeriod * kStrideH + r) % kRing;
   const int first = (i - r + kPeriod * kR) % kPeriod;
   return first % kStrideH == 0 ? first / kStrideH : -1;
-}
-
-// The first output row of a patch, of those that `spacing` and `count` make; columns likewise.
-__device__ __forceinline__ int patch_start(int item, int count, int spacing) {
-  return kDilated ? item + item / spacing * (count - 1) * spacing : item * count;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
@@ -119,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int c = kMultiplied ? k / g.multiplier : k;
 
   // The patch begins at (p, q) of y; its first tap is at (row, column) of x, which need not exist.
-  int p = patch_start(row_item - n * g.row_items, g.rows, g.spacing_h);
-  int q = patch_start(column_item - row_item * g.column_items, kColumns, g.spacing_w);
+  int p = patch_start<kDilated>(row_item - n * g.row_items, g.rows, g.spacing_h);
+  int q = patch_start<kDilated>(column_item - row_item * g.column_items, kColumns, g.spacing_w);
   const int unit_h = kDilated ? g.dilation_h : 1;
   const int unit_w = kDilated ? g.dilation_w : 1;
   int row = p * g.stride_h - g.top;

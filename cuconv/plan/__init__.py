@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import channels_last, direct, runs, tiles, toeplitz, wgrad
+from . import channels_last, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -51,7 +51,12 @@ _DGRAD = {
     "tiles": tiles.dgrad,
     "direct": direct.dgrad,
 }
-_WGRAD = {"runs": wgrad.runs, "tiles": wgrad.tiles, "direct": wgrad.direct}
+_WGRAD = {
+    "runs": wgrad.runs,
+    "channels_last": wgrad_channels_last.channels_last,
+    "tiles": wgrad.tiles,
+    "direct": wgrad.direct,
+}
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
 

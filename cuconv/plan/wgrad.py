@@ -92,7 +92,7 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     # different chunks of one, meet different banks.
     x_pitch = (columns + chunks * chunk + _STEP) // 8 * 8 + 4
     dy_pitch = columns
-    values = min(_TILES_BYTES, target.shared_per_block - SHARED_RESERVE) // _sum_bytes(dtype)
+    values = min(_TILES_BYTES, target.shared_per_block - SHARED_RESERVE) // sum_bytes(dtype)
     unit_rows = min(g.P, (values - (tap_rows - 1) * x_pitch) // (x_pitch + dy_pitch)) if tap_rows else 0
     if unit_rows < 1 or max(g.H, g.W) > MAX_DIVIDEND or g.K > MAX_GRID[1]:
         raise Unsuitable(f"{g.R} x {g.S} taps and rows of {g.W} elements do not fit shared memory and one launch")
@@ -116,8 +116,8 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
         grid=(slabs, g.K, tap_groups),
         block=threads,
         shared_bytes=max(
-            ((unit_rows + tap_rows - 1) * x_pitch + unit_rows * dy_pitch) * _sum_bytes(dtype),
-            threads * _sum_bytes(dtype),
+            ((unit_rows + tap_rows - 1) * x_pitch + unit_rows * dy_pitch) * sum_bytes(dtype),
+            threads * sum_bytes(dtype),
         ),
         parameters=(
             ("multiplier", g.multiplier),
@@ -136,14 +136,15 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
             ("dy_pitch", dy_pitch),
         ),
     )
-    return WgradPlan(sums, None, 0) if slabs == 1 else _with_reduce(sums, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
 
 
 # As many results as a block of depthwise_wgrad_reduce has, and its threads.
 _REDUCE_RESULTS, _REDUCE_THREADS = 32, 256
 
 
-def _with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
+def with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
+    """Sums of several slabs, and the launch that adds them."""
     taps = g.R * g.S
     total = g.K * (taps + bias)
     reduce = Plan(
@@ -154,10 +155,11 @@ def _with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bo
         shared_bytes=0,
         parameters=(("K", g.K), ("taps", taps), ("slabs", slabs), ("total_entries", total)),
     )
-    return WgradPlan(sums, reduce, slabs * total * _sum_bytes(dtype))
+    return WgradPlan(sums, reduce, slabs * total * sum_bytes(dtype))
 
 
-def _sum_bytes(dtype: str) -> int:
+def sum_bytes(dtype: str) -> int:
+    """Of one sum, made in float32 or float64."""
     return 8 if dtype == "float64" else 4
 
 
@@ -280,12 +282,12 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("dy_bytes", tile.dy_bytes),
         ),
     )
-    return WgradPlan(sums, None, 0) if slabs == 1 else _with_reduce(sums, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
     """For the units under way; in the end for the sums of every thread."""
-    sums = (g.R * g.S + bias) * tile.threads * _sum_bytes(dtype)
+    sums = (g.R * g.S + bias) * tile.threads * sum_bytes(dtype)
     return max(tile.stages * (tile.x_bytes + tile.dy_bytes), sums)
 
 
