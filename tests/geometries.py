@@ -14,7 +14,7 @@ from cuconv.geometry import depthwise_geometry
 
 # x, w, stride, padding, dilation. Rows, columns and their numbers differ wherever they can; the product of all choices
 # is pruned to geometries that each reach a branch of a kernel or of its plan that the others do not.
-_EVERYWHERE = {
+EVERYWHERE = {
     "3x3": ((2, 3, 11, 13), (3, 1, 3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)),
     "3x3_padded": ((2, 3, 11, 13), (3, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
     "3x1": ((3, 2, 9, 8), (2, 1, 3, 1), (1, 1), ((0, 0), (0, 0)), (1, 1)),
@@ -98,7 +98,7 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(_EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST)
+GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST)
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
@@ -117,7 +117,8 @@ def suits(variant, direction, g, dtype):
     if variant == "direct":
         return True
     if direction == "wgrad":
-        return nchw and ((variant == "runs" and few_taps) or (variant == "tiles" and not few_taps and dense))
+        few = {"runs": nchw, "channels_last": not nchw}.get(variant, False)
+        return few if few_taps else variant == "tiles" and nchw and dense
     if variant == "runs":
         axes = zip((g.R, g.S), g.stride, g.dilation, strict=True)
         return nchw and few_taps and (forward or all(1 in axis for axis in axes))
@@ -158,7 +159,7 @@ _FEW = (
 
 def cases(direction):
     """pytest.param(g, dtype, layout, variant) of all that a pass of every variant is tested with."""
-    nchw_names = _EVERYWHERE | _LARGE | {"forward": {}, "dgrad": _DGRAD, "wgrad": _WGRAD}[direction]
+    nchw_names = EVERYWHERE | _LARGE | {"forward": {}, "dgrad": _DGRAD, "wgrad": _WGRAD}[direction]
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
         for name in names[layout] if dtype in _MAIN_DTYPES[variant] else filter(names[layout].__contains__, _FEW):

@@ -39,7 +39,10 @@ def test_the_default():
     for dtype, target in product(plan.DTYPES, (H200, RTX_5090)):
         assert sources(small, dtype, target) == {"runs"}
     assert sources(small, "float32", T4) == direct
-    assert sources(geometry((64, 192, 56, 56), (192, 1, 7, 7), padding=3), "float16") == {"runs"}
+    for extent, chosen in ((56, "toeplitz"), (28, "toeplitz"), (14, "runs")):
+        g = geometry((64, 192, extent, extent), (192, 1, 7, 7), padding=3)
+        assert sources(g, "float16") == sources(g, "bfloat16") == {chosen}
+        assert sources(g, "float32") == {"runs"}
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)
     assert sources(large, "float16") == sources(large, "bfloat16") == {"toeplitz"}
     assert sources(large, "float32") == sources(large, "float64") == {"tiles"}

@@ -7,9 +7,9 @@ from itertools import product
 import numpy as np
 import oracle
 import pytest
+from geometries import EVERYWHERE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_depthwise import GEOMETRIES
 
 import cuconv
 from cuconv import kernels, plan
@@ -17,7 +17,7 @@ from cuconv.geometry import depthwise_geometry
 from cuconv.plan import channels_last, wgrad_channels_last
 
 SOURCE = "depthwise_wgrad_channels_last"
-FEW_TAPS = {name: numbers for name, numbers in GEOMETRIES.items() if np.prod(numbers[1]) <= 64 * numbers[1][0]}
+FEW_TAPS = {name: numbers for name, numbers in EVERYWHERE.items() if np.prod(numbers[1]) <= 64 * numbers[1][0]}
 # In the other dtypes: what reaches every branch that an element's size or a vector's width reaches.
 OTHERS = ("3x3_padded", "3x3_stride_2", "5x3_dilated", "multiplier_3", "planes_together", "one_pixel")
 
