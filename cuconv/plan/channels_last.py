@@ -22,6 +22,8 @@ _MAX_BYTES_AHEAD = 96
 # Sums on the way, weights, rows of x and what their columns need, in registers of a thread: beyond, the compiler spills
 # or takes more of them than three blocks a multiprocessor have.
 _MAX_VALUES = 118
+# From compute capability 10.0 on, the compiler takes some more for itself in bfloat16.
+_MAX_VALUES_10_0 = 112
 # Multiplications of the unrolled rows: beyond, the code outgrows the instruction cache and takes seconds to compile.
 _MAX_PRODUCTS = 2000
 # At larger strides patches share little.
@@ -180,11 +182,11 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, transpos
                 spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
             )
             # One column of one channel is a tile of every geometry.
-            if (vector, depth, columns) == (1, 1, columns_choices[-1]) or _fits(tile, g, size, transposed):
+            if (vector, depth, columns) == (1, 1, columns_choices[-1]) or _fits(tile, g, size, target, transposed):
                 yield tile
 
 
-def _fits(tile: Tile, g: Conv2dGeometry, size: int, transposed: bool) -> bool:
+def _fits(tile: Tile, g: Conv2dGeometry, size: int, target: Target, transposed: bool) -> bool:
     """Whether a thread's registers hold the tile, and the instruction cache its code."""
     ahead = tile.depth * _span(tile, g, 1, transposed) * tile.vector * size
     products = _unrolled(tile, g, transposed) * g.R * g.S * tile.columns * tile.vector // tile.stride[0]
@@ -193,7 +195,7 @@ def _fits(tile: Tile, g: Conv2dGeometry, size: int, transposed: bool) -> bool:
     return (
         (tile.depth == 1 or ahead <= _MAX_BYTES_AHEAD)
         and products <= _MAX_PRODUCTS
-        and _values(tile, g, size, transposed) <= _MAX_VALUES
+        and _values(tile, g, size, transposed) <= (_MAX_VALUES if target.architecture < 100 else _MAX_VALUES_10_0)
     )
 
 
