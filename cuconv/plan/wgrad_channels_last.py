@@ -238,17 +238,26 @@ def _values(tile: Tile, g: Conv2dGeometry, bias: bool, size: int) -> int:
 
 def _registers(tile: Tile, g: Conv2dGeometry, bias: bool, size: int) -> int:
     """A bound that the compiler keeps without spilling: addresses, and which columns there are."""
-    columns = _span(tile, g) * (1.0 if _exact(tile, g) else 2.5)
+    columns = _span(tile, g) * (1.0 if _exact(tile, g) else 2.5) + 1.5 * _turn_pixels(tile, g) * (tile.vector == 1)
     return min(255, 36 + int(columns) + _values(tile, g, bias, size))
 
 
 def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> int:
     """Blocks that a multiprocessor holds at once."""
-    registers = _registers(tile, g, bias, DTYPES[dtype][1])
-    shared = _shared_bytes(g, dtype, bias, tile) + SHARED_RESERVE
+    # Its registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
+    registers = -(-_registers(tile, g, bias, DTYPES[dtype][1]) // 8) * 8
+    by_registers = 4 * (512 // registers) // (tile.threads // 32)
     # Half of the memory that shared memory and the first cache share is the cache's.
-    by_shared = target.shared_per_multiprocessor // 2 // shared
-    return max(1, min(by_shared, 1024 // tile.threads, 65536 // (-(-registers // 8) * 8 * tile.threads)))
+    by_shared = target.shared_per_multiprocessor // 2 // (_shared_bytes(g, dtype, bias, tile) + SHARED_RESERVE)
+    return max(1, min(by_registers, by_shared, 1024 // tile.threads))
+
+
+def _split(g: Conv2dGeometry, size: int, tile: Tile) -> float:
+    """How much more the memory moves for blocks that take a part of every pixel: sectors of 32 bytes, lines of 128."""
+    read = tile.groups * tile.vector * size
+    if read >= g.K * size:
+        return 1.0
+    return (1.0 if read % 32 == 0 else 1 + 28 / read) * (1.0 if read % 128 == 0 else 1.04)
 
 
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:
@@ -278,6 +287,7 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     across = tile.strips * tile.columns * tile.stride[1]
     halo = (across + g.S - tile.stride[1]) / across
     moved = size * (1 + g.x_size / g.y_size * (0.5 + 0.5 * halo) * (0.7 + 0.3 * turns / tile.slab_rows))
+    moved *= _split(g, size, tile)
     moved += blocks * entries * tile.groups * tile.vector * sum_bytes(dtype) / g.y_size
     # Blocks that the busiest multiprocessor has, and how many of them at once.
     resident = _resident(g, dtype, bias, target, tile)
