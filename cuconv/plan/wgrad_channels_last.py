@@ -238,7 +238,7 @@ def _values(tile: Tile, g: Conv2dGeometry, bias: bool, size: int) -> int:
 
 def _registers(tile: Tile, g: Conv2dGeometry, bias: bool, size: int) -> int:
     """A bound that the compiler keeps without spilling: addresses, and which columns there are."""
-    columns = _span(tile, g) * (1.0 if _exact(tile, g) else 2.5) + 1.5 * _turn_pixels(tile, g) * (tile.vector == 1)
+    columns = _span(tile, g) * (1.0 if _exact(tile, g) else 2.5) + 1.4 * _turn_pixels(tile, g) * (tile.vector == 1)
     return min(255, 36 + int(columns) + _values(tile, g, bias, size))
 
 
