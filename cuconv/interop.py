@@ -91,7 +91,7 @@ def workspace(given: Any, module: ModuleType, size: int) -> Any:
 def delivered(result: Any, out: Any, channels_last: bool = False) -> Any:
     """The result in the layout of the caller's arrays, copied to `out` where the kernel could not write to it."""
     if out is None:
-        return contiguous(result, channels_last)
+        return contiguous(result, channels_last) if channels_last else result
     if result is not out:
         out[...] = result
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,15 @@ class Plan:
     block: int
     shared_bytes: int
     parameters: tuple[tuple[str, int], ...]
+
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Asked for at every call, which finds its kernel by the plan.
+        object.__setattr__(self, "_hash", hash((self.source, self.defines, self.grid, self.block, self.parameters)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def parameter_struct(self) -> np.void:
         """The kernel's by-value Parameters: 32-bit integers in order; those named total_* have 64 bits, and those
