@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = run(todo, peers.NAMES if options.peers else (), options.variant, options.peer_seconds)
     if options.calls:
         result["calls"] = {"first": calls.first_calls(), "host_us": calls.host_us()}
+    if options.add:
+        result = report.merged(report.read(options.out, options.name), result)
     print(report.markdown(result, options.name))
     report.write(result, options.out, options.name)
     wrong = [row for row in result["rows"] if not row["right"]]
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         help="time a peer until it took that long in a pass, compiling included",
     )
     add("--calls", action="store_true", help="time first calls and the host's part of every call, too")
+    add("--add", action="store_true", help="to results of the same sources, such as those of the other passes")
     add("--quick", action="store_true", help=f"{', '.join(_QUICK_CASES)} in float32, no peers")
     add("--out", type=Path, default=report.ROOT / "benchmarks" / "results", metavar="FOLDER")
     add("--name", default="latest", help="of the files written, such as h200")
@@ -114,6 +117,7 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
                 "dtype": dtype,
                 "layout": layout,
                 "precision": "fp32",  # as against TF32
+                "copy_GBps": copy_bandwidth / 1e9,
                 "shape": f"{case}, stride {case.stride}, pad {case.padding}, dilation {case.dilation}",
                 **dict.fromkeys(("kernel", "ms", "floor_ms", "percent_of_floor", "error")),
                 "right": False,

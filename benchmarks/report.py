@@ -29,10 +29,30 @@ def sources_digest(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def merged(old: Result, new: Result) -> Result:
+    """Rows of two runs of the same sources on the same machine; where both have one, the new."""
+    for name in ("device", "sources", "versions"):
+        if old[name] != new[name]:
+            raise ValueError(f"results to add to must have this run's {name}, {new[name]}, and have {old[name]}")
+    measured = {_key(row) for row in new["rows"]}
+    rows = [row for row in old["rows"] if _key(row) not in measured] + new["rows"]
+    return old | new | {"rows": rows}
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["op"], row["pass"], row["case"], row["dtype"], row["layout"]
+
+
 def best_peer(row: Row) -> tuple[str, float] | None:
     """The fastest peer of a row, and its time."""
     times = {name: ms for name, ms in row["peers"].items() if ms is not None}
     return min(times.items(), key=lambda item: item[1]) if times else None
+
+
+def read(folder: Path, name: str) -> Result:
+    """What write has written."""
+    result: Result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return result
 
 
 def write(result: Result, folder: Path, name: str) -> None:
@@ -58,7 +78,7 @@ def markdown(result: Result, name: str) -> str:
     return (
         (
             f"# {result['device']}, {result['date']}\n\n"
-            f"A device-to-device copy reads and writes {result['copy_GBps']:.0f} GB/s. The floor is every input read "
+            f"A device-to-device copy reads and writes {_copies(result)} GB/s. The floor is every input read "
             f"once and every output written once at that rate; error is a fraction of the bound, of which 1 is still "
             f"right.\n\n"
             f"{facts}\n- sources: `{result['sources']}`\n"
@@ -70,6 +90,11 @@ def markdown(result: Result, name: str) -> str:
         )
         + (_calls(result["calls"]) if "calls" in result else "")
     )
+
+
+def _copies(result: Result) -> str:
+    """The bandwidth of a copy in every run that the rows are of."""
+    return " and ".join(dict.fromkeys(f"{row['copy_GBps']:.0f}" for row in result["rows"]))
 
 
 def _calls(calls: dict[str, Any]) -> str:

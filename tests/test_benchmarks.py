@@ -32,6 +32,7 @@ def row(case: str, dtype: str, ms: float | None = 2.0, **changes: Any) -> dict[s
         "floor_ms": 1.5,
         "percent_of_floor": None if ms is None else 150 / ms,
         "error": 0.25,
+        "copy_GBps": 4240.0,
         "peers": {"torch": 4.0, "torch_compile": 3.0, "jax": None},
     } | changes
 
@@ -124,6 +125,21 @@ def test_committed_results_are_well_formed() -> None:
         assert {"device", "date", "sources", "copy_GBps", "rows"} <= set(written)
         for line in written["rows"]:
             assert set(row("", "")) <= set(line)
+
+
+def test_results_are_added_to_those_of_the_same_sources() -> None:
+    old = result([row("a", "float32"), row("b", "float32")]) | {"calls": {}}
+    new = result([row("b", "float32", 1.0, copy_GBps=4100.0), row("b", "float32", **{"pass": "wgrad"})])
+    both = report.merged(old, new)
+    assert [(line["case"], line["pass"], line["ms"]) for line in both["rows"]] == [
+        ("a", "forward", 2.0),
+        ("b", "forward", 1.0),
+        ("b", "wgrad", 2.0),
+    ]
+    assert "calls" in both
+    assert "4240 and 4100 GB/s" in report.markdown(result(both["rows"]), "gpu")
+    with pytest.raises(ValueError, match="this run's sources"):
+        report.merged(old, new | {"sources": "1" * 64})
 
 
 def test_calls_are_reported() -> None:
