@@ -6,6 +6,7 @@ python -m cuconv compile: registers, spills and shared memory of every kernel va
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 
 from . import __version__, depthwise_conv2d, kernels, measure, plan, reference
 from .cases import REFERENCE_CASES, Case
+from .geometry import Conv2dGeometry
 from .plan import TARGETS, Plan, Target, Unsuitable
 
 _PACKAGES = ("numpy", "cupy", "ml_dtypes", "torch", "jax")
@@ -184,18 +186,26 @@ def _installed(package: str) -> str:
 
 
 def _variants(target: Target) -> Iterator[tuple[str, str, Plan]]:
-    """Every kernel once that the cases take on the target, left to itself or forced."""
+    """Every kernel once that the cases take on the target, in both layouts and every pass, left to itself or forced."""
     seen = set()
     cases = (*REFERENCE_CASES, *_FURTHER_GEOMETRIES)
-    passes = (plan.depthwise_forward, plan.depthwise_dgrad)
-    for make, variant, dtype, case in product(passes, plan.VARIANTS, plan.DTYPES, cases):
-        try:
-            chosen = make(case.geometry, dtype, target, variant)
-        except Unsuitable:
-            continue
-        if (chosen.source, chosen.defines) not in seen:
-            seen.add((chosen.source, chosen.defines))
-            yield variant, dtype, chosen
+    for variant, dtype, case, last in product(plan.VARIANTS, plan.DTYPES, cases, (False, True)):
+        for chosen in _passes(replace(case.geometry, channels_last=last), dtype, target, variant):
+            if (chosen.source, chosen.defines) not in seen:
+                seen.add((chosen.source, chosen.defines))
+                yield variant, dtype, chosen
+
+
+def _passes(geometry: Conv2dGeometry, dtype: str, target: Target, variant: str) -> Iterator[Plan]:
+    """The launches of every pass that the variant has."""
+    for make in (plan.depthwise_forward, plan.depthwise_dgrad):
+        with contextlib.suppress(Unsuitable):
+            yield make(geometry, dtype, target, variant)
+    with contextlib.suppress(Unsuitable):
+        wgrad = plan.depthwise_wgrad(geometry, dtype, True, target, variant)
+        yield wgrad.sums
+        if wgrad.reduce is not None:
+            yield wgrad.reduce
 
 
 if __name__ == "__main__":

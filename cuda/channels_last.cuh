@@ -1,14 +1,10 @@
 // What the channels-last kernels share: a thread owns a few neighbouring columns of a vector of channels.
 #pragma once
-#include "ptx.cuh"
+#include "indices.cuh"
 
 // n / d for all n, by a multiplication: magic is 2^shift / d, rounded up, and below 2^32, with 2^(shift - 31) >= d.
 __device__ __forceinline__ int divide(int n, uint32 magic, int shift) {
   return static_cast<int>(static_cast<uint64>(static_cast<uint32>(n)) * magic >> shift);
-}
-
-__device__ __forceinline__ bool within(int index, int extent) {
-  return static_cast<uint32>(index) < static_cast<uint32>(extent);
 }
 
 __device__ __forceinline__ constexpr int least_common_multiple(int a, int b) {

@@ -22,6 +22,7 @@
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows
 // so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns
 // likewise.
+#include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
 
@@ -85,15 +86,6 @@ struct Parameters {
   int addend;                      // shared elements from one input plane to the next of those that are summed
   int input_bytes, output_bytes;   // shared bytes of one image's runs
 };
-
-// n / d for n and d below 2^15, by a multiplication: magic is 2^31 / d, rounded up.
-__device__ __forceinline__ int divide(int n, uint32 magic) {
-  return static_cast<int>(static_cast<uint64>(static_cast<uint32>(n)) * magic >> 31);
-}
-
-__device__ __forceinline__ bool within(int index, int extent) {
-  return static_cast<uint32>(index) < static_cast<uint32>(extent);
-}
 
 // The input plane, or the first of them, of an output plane.
 __device__ __forceinline__ int input_plane_of(int output_plane, const Parameters& g) {

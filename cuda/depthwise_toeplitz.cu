@@ -22,6 +22,7 @@
 //
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows
 // so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows.
+#include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
 
@@ -101,11 +102,6 @@ struct Parameters {
   int block_images;                // images whose units are mixed
   int block_turns;                 // so many images, so many times
 };
-
-// n / d for n and d below 2^15, by a multiplication: magic is 2^31 / d, rounded up.
-__device__ __forceinline__ int divide(int n, uint32 magic) {
-  return static_cast<int>(static_cast<uint64>(static_cast<uint32>(n)) * magic >> 31);
-}
 
 __device__ __forceinline__ uint32 magic_of(int divisor) {
   return ((1u << 31) + static_cast<uint32>(divisor) - 1) / static_cast<uint32>(divisor);

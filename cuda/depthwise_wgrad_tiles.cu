@@ -7,8 +7,8 @@
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
 // CHUNK (taps of a thread); THREADS.
+#include "indices.cuh"
 #include "numbers.cuh"
-#include "patches.cuh"
 
 using T = CUCONV_T;
 using Sum = Accumulator<T>;

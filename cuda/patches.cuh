@@ -1,15 +1,7 @@
 // Patches: the pieces of a convolution that one thread makes out of shared memory, row of x by row of x.
 #pragma once
+#include "indices.cuh"
 #include "numbers.cuh"
-
-// n / d for n and d below 2^15, by a multiplication: magic is 2^31 / d, rounded up.
-__device__ __forceinline__ int divide(int n, uint32 magic) {
-  return static_cast<int>(static_cast<uint64>(static_cast<uint32>(n)) * magic >> 31);
-}
-
-__device__ __forceinline__ bool within(int index, int extent) {
-  return static_cast<uint32>(index) < static_cast<uint32>(extent);
-}
 
 // How a patch loads kSpan neighbouring columns of x, `unit` columns apart, in vectors of kVector elements.
 //

@@ -17,7 +17,7 @@ MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 VECTOR_BYTES = 16
 # Static shared memory and what the system keeps for itself, a block.
 SHARED_RESERVE = 1024 + 128
-# What a kernel divides, and by what, is at most this: see divide in cuda/depthwise_runs.cu.
+# What a kernel divides, and by what, is at most this: see divide in cuda/indices.cuh.
 MAX_DIVIDEND = 2**15 - 1
 
 
