@@ -76,28 +76,39 @@ print(seen)
     assert run(code, tmp_path) == "[]"
 
 
-def imports(path: Path, modules: set[str]) -> set[str]:
-    """Which of the package's own modules a file imports, at its top or inside a function; "__init__" is the package."""
+def files(module: str) -> list[Path]:
+    """Of a module of the package: its file, or those of its folder."""
+    folder = PACKAGE / module
+    return sorted(folder.glob("*.py")) if folder.is_dir() else [PACKAGE / f"{module}.py"]
+
+
+def imports(module: str, modules: set[str]) -> set[str]:
+    """Which of the package's other modules one imports, at the top of a file or inside a function; "__init__" is the
+    package."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["cuconv" if node.level else "", node.module or ""]))
-            names = [f"{base}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            top, _, rest = name.partition(".")
-            if top == "cuconv":
-                module = rest.partition(".")[0]
-                found.add(module if module in modules else "__init__")
-    return found - ({path.stem} if path.stem == "__init__" else set())
+    for path in files(module):
+        inside = list(path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = inside[: len(inside) - node.level + 1] if node.level else []
+                names = [".".join(filter(None, [*base, node.module or "", alias.name])) for alias in node.names]
+            else:
+                continue
+            for name in names:
+                top, _, rest = name.partition(".")
+                if top == "cuconv":
+                    other = rest.partition(".")[0]
+                    found.add(other if other in modules else "__init__")
+    return found - {module}
 
 
 def import_graph() -> dict[str, set[str]]:
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    return {path.stem: imports(path, modules) for path in PACKAGE.glob("*.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
+    return {module: imports(module, modules) for module in modules}
 
 
 def test_no_import_runs_upward() -> None:
@@ -117,8 +128,8 @@ def test_no_two_files_import_each_other() -> None:
 
 def test_the_core_names_no_framework() -> None:
     # At the top of a file NumPy and the standard library only; CuPy inside functions of kernels.py, once it is needed.
-    for module in set().union(*FLOORS):
-        tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    for module, path in [(floor, path) for floor in set().union(*FLOORS) for path in files(floor)]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
@@ -127,7 +138,7 @@ def test_the_core_names_no_framework() -> None:
                 top = name.partition(".")[0]
                 allowed = top in sys.stdlib_module_names or top == "numpy"
                 allowed |= top == "cupy" and module == "kernels" and node not in tree.body
-                assert allowed, f"cuconv/{module}.py imports {name} in line {node.lineno}"
+                assert allowed, f"{path.name} imports {name} in line {node.lineno}"
 
 
 def test_cuda_is_a_folder_of_cuda_sources_only() -> None:
