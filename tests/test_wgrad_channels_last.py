@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import oracle
 import pytest
-from geometries import EVERYWHERE
+from geometries import EVERYWHERE, tells_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,16 +18,14 @@ from cuconv.plan import channels_last, wgrad_channels_last
 
 SOURCE = "depthwise_wgrad_channels_last"
 FEW_TAPS = {name: numbers for name, numbers in EVERYWHERE.items() if np.prod(numbers[1]) <= 64 * numbers[1][0]}
-# In the other dtypes: what reaches every branch that an element's size or a vector's width reaches.
-OTHERS = ("3x3_padded", "3x3_stride_2", "5x3_dilated", "multiplier_3", "planes_together", "one_pixel")
 
 
 def cases():
-    for dtype in oracle.DTYPES:
-        for name, (x_shape, w_shape, *numbers) in FEW_TAPS.items():
-            if dtype in ("float32", "bfloat16") or name in OTHERS:
-                numbers = dict(zip(("stride", "padding", "dilation"), numbers, strict=True))
-                yield pytest.param(x_shape, w_shape, numbers, dtype, id=f"{name}-{dtype}")
+    """Those that test_depthwise_wgrad leaves out: arrays whose strides do not tell their layout."""
+    for name, (x_shape, w_shape, *numbers) in FEW_TAPS.items():
+        if not tells_layout(x_shape):
+            numbers = dict(zip(("stride", "padding", "dilation"), numbers, strict=True))
+            yield pytest.param(x_shape, w_shape, numbers, "float32", id=name)
 
 
 def gradients(rng, x_shape, w_shape, dtype, numbers):
@@ -162,32 +160,6 @@ def test_nan_that_no_tap_reads_poisons_nothing(device, rng):
     oracle.assert_wgrad_within_bound(device.host(dw), None, dy, read)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_small_integers_are_exact(device, rng, dtype):
-    dy = rng.integers(-2, 3, (3, 6, 8, 5)).astype(oracle.DTYPES[dtype])
-    x = rng.integers(-1, 2, (3, 3, 8, 10)).astype(oracle.DTYPES[dtype])
-    numbers = {"stride": (1, 2), "padding": ((2, 0), (1, 0)), "dilation": (1, 1)}
-    arrays = device.array(dy, "nhwc"), device.array(x, "nhwc"), (6, 1, 3, 2)
-    with plan.variant("channels_last"):
-        results = cuconv.depthwise_conv2d_wgrad(*arrays, bias=True, **numbers)
-    exact = oracle.wgrad(dy, x, (6, 1, 3, 2), **numbers)
-    for result, expected in zip(results, exact, strict=True):
-        np.testing.assert_array_equal(device.host(result).astype(np.float64), expected)
-
-
-def test_same_bits_every_time(device, rng):
-    dy, x = (device.array(rng.standard_normal((9, 24, 17, 19)).astype(np.float32), "nhwc") for _ in range(2))
-
-    def bits():
-        gradients = cuconv.depthwise_conv2d_wgrad(dy, x, (24, 1, 3, 3), padding=1, bias=True)
-        return np.concatenate([device.host(one).ravel() for one in gradients]).view(np.uint32)
-
-    with plan.variant("channels_last"):
-        first = bits()
-        for _ in range(device.repeats):
-            np.testing.assert_array_equal(bits(), first)
-
-
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_arrays_at_any_element(device, rng, offset):
     numbers = {"padding": ((1, 1), (1, 1))}
@@ -200,40 +172,6 @@ def test_arrays_at_any_element(device, rng, offset):
 
     dw, dbias = cuconv.depthwise_conv2d_wgrad(shifted(dy), shifted(x), (8, 1, 3, 3), bias=True, **numbers)
     oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers)
-
-
-@pytest.mark.parametrize("layouts", [("nhwc", "nchw"), ("nchw", "nhwc")])
-def test_arrays_of_two_layouts(device, rng, layouts):
-    numbers = {"padding": ((1, 0), (0, 1))}
-    dy, x = gradients(rng, (2, 5, 9, 8), (5, 1, 2, 3), "float32", numbers)
-    arrays = (device.array(array, layout) for array, layout in zip((dy, x), layouts, strict=True))
-    dw, dbias = cuconv.depthwise_conv2d_wgrad(*arrays, (5, 1, 2, 3), bias=True, **numbers)
-    oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers)
-
-
-def test_out_and_workspace(device, rng):
-    numbers = {"padding": ((1, 1), (1, 1))}
-    dy, x = gradients(rng, (4, 3, 30, 28), (3, 1, 3, 3), "float32", numbers)
-    on_device = device.array(dy, "nhwc"), device.array(x, "nhwc"), (3, 1, 3, 3)
-    g = nhwc_geometry(x.shape, (3, 1, 3, 3), **numbers)
-    needed = plan.depthwise_wgrad(g, "float32", True, device.target).workspace_bytes
-    assert needed > 8
-    with pytest.raises(ValueError, match=rf"workspace must have at least {needed} bytes, and has 8"):
-        cuconv.depthwise_conv2d_wgrad(*on_device, bias=True, workspace=device.array(np.zeros(8, np.uint8)), **numbers)
-    buffer, bias_buffer = device.array(np.zeros((3, 2, 3, 6), np.float32)), device.array(np.zeros(6, np.float32))
-    out = (buffer[:, 1:, ::-1, ::2], bias_buffer[::-2])
-    workspace = device.array(np.full(-(-needed // 4), np.nan, np.float32))
-    results = cuconv.depthwise_conv2d_wgrad(*on_device, bias=True, out=out, workspace=workspace, **numbers)
-    assert all(result is given for result, given in zip(results, out, strict=True))
-    oracle.assert_wgrad_within_bound(*map(device.host, out), dy, x, **numbers)
-    assert not device.host(buffer)[:, 0].any()
-    assert not device.host(buffer)[..., 1::2].any()
-
-
-def test_an_empty_batch_is_zero(device):
-    dy, x = (device.array(np.ones((0, 3, 5, 6), np.float32), "nhwc") for _ in range(2))
-    for gradient in cuconv.depthwise_conv2d_wgrad(dy, x, (3, 1, 3, 3), padding=1, bias=True):
-        np.testing.assert_array_equal(device.host(gradient), np.zeros(gradient.shape))
 
 
 extent = st.integers(1, 300)
