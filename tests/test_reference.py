@@ -387,3 +387,18 @@ def test_dgrad_against_torch(rng, case, dtype):
     assert dx is out
     exact, magnitude = (oracle.dgrad(of(dy), of(w), x_shape, **numbers) for of in (np.asarray, np.abs))
     assert_rounded_once_from(dx, exact, magnitude, w.size // x_shape[1])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_wgrad_against_torch(rng, case, dtype):
+    x_shape, w_shape, stride, padding, dilation = GEOMETRIES[case]
+    numbers = {"stride": stride, "padding": padding, "dilation": dilation}
+    x, w, _ = oracle.random_arrays(rng, x_shape, w_shape, dtype)
+    dy = rng.standard_normal(oracle.convolve(x, w, **numbers).shape).astype(x.dtype)
+    outs = tuple(np.full(shape, np.nan).astype(x.dtype) for shape in (w_shape, w_shape[:1]))
+    results = cuconv.depthwise_conv2d_wgrad(dy, x, w_shape, bias=True, out=outs, **numbers)
+    exact, magnitude = (oracle.wgrad(of(dy), of(x), w_shape, **numbers) for of in (np.asarray, np.abs))
+    for result, out, *truth in zip(results, outs, exact, magnitude, strict=True):
+        assert result is out
+        assert_rounded_once_from(result, *truth, dy.size // dy.shape[1])
