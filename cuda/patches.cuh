@@ -54,3 +54,55 @@ struct RowOfPatch {
     }
   }
 };
+
+// The same of rows that are an odd number of elements, one after the other: every other row starts in the midst of a pair
+// of elements. Spans are loaded in pairs nevertheless, from the last boundary of pairs before them on; whether that is a
+// column before the span, its parity, must be known at compile time. What falls outside is masked.
+template <class T, int kSpan>
+struct PairedRowOfPatch {
+  using Sum = Accumulator<T>;
+  static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  static constexpr int kPairs = kSpan / 2 + 1;
+  static constexpr int kWords = 2 / kPerWord;  // of a pair
+  static_assert(sizeof(T) <= 4, "a mask is a word");
+
+  uint32 mask[2][kPairs * kWords];
+
+  template <bool kChecked>
+  __device__ __forceinline__ void place(int column, int, int W) {
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity)
+#pragma unroll
+      for (int k = 0; k < kPairs * kWords; ++k) {
+        const int first = column - parity + k * kPerWord;
+        const uint32 lower = kPerWord == 1 ? 0xffffffffu : 0xffffu;
+        mask[parity][k] = !kChecked || within(first, W) ? lower : 0;
+        if (kPerWord == 2 && (!kChecked || within(first + 1, W))) mask[parity][k] |= 0xffff0000u;
+      }
+  }
+
+  // As above; `parity` is 1 where `source` is the second element of a pair.
+  __device__ __forceinline__ void load(const T* source, bool row_within, int parity, Sum (&value)[kSpan]) const {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (2 * pair - parity >= kSpan) continue;
+      Vector<uint32, kWords> words = {};
+      if (row_within) words = *reinterpret_cast<const Vector<uint32, kWords>*>(source + 2 * pair - parity);
+      Sum element[2];
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) {
+        const uint32 word = words.piece[k] & mask[parity][pair * kWords + k];
+        if constexpr (kPerWord == 2) {
+          widen_pair(T{}, word, element[0], element[1]);
+        } else {
+          element[k] = __uint_as_float(word);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int j = 2 * pair - parity + e;
+        if (0 <= j && j < kSpan) value[j] = element[e];
+      }
+    }
+  }
+};

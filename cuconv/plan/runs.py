@@ -28,12 +28,14 @@ MAX_TAPS = 64
 # networks have most.
 _ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
 _COLUMNS = (4, 2, 1)
-# Of rows without vectors, too: with odd numbers, the lanes of a scalar load meet different banks of shared memory.
-_UNALIGNED_COLUMNS = (7, 5, 3, 4, 2, 1)
+# Of rows without vectors, too: with these, the lanes of a load of an element or of a pair meet different banks of memory.
+_UNALIGNED_COLUMNS = (7, 6, 5, 3, 4, 2, 1)
 # Rows of up to this many outputs may be one thread's.
 _MAX_WIDTH = 16
 # Sums, weights and one row of input that a thread may hold, in registers: beyond, the compiler spills.
 _MAX_VALUES = 128
+# Columns left of x that pairs are loaded from before they are masked lie in the results' shared memory.
+_MASKED_BYTES = 128
 _THREADS = (128, 64, 256)
 _IMAGES = (1, 2, 4)
 # Patches of a block one below the other; as many as the plane has, too.
@@ -68,7 +70,12 @@ class Patch:
     spacing: Pair
     vector: int
     out_vector: int
+    # Whether it spans rows, and columns, from end to end, so that what falls outside is known when it is compiled.
     whole_rows: bool
+    whole_columns: bool
+    # Whether rows of x, and of y, are an odd number of elements, and loaded and stored in pairs.
+    paired: bool
+    out_paired: bool
     # By a rough count, an output: issue slots, and passes over the banks of shared memory.
     slots: float
     passes: float
@@ -196,6 +203,10 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("OUT_VECTOR", patch.out_vector),
             ("LEFT", g.padding[1][0] if patch.whole_rows else g.padding[1][0] % patch.vector),
             ("WIDTH", g.W if patch.whole_rows else 0),
+            ("TOP", g.padding[0][0] if patch.whole_columns else 0),
+            ("HEIGHT", g.H if patch.whole_columns else 0),
+            ("PAIRED", int(patch.paired)),
+            ("OUT_PAIRED", int(patch.out_paired)),
         ),
         grid=grid,
         block=tile.threads,
@@ -275,22 +286,38 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
     for columns, rows in product(dict.fromkeys(columns_choices), rows_choices):
         patch_stride = (stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1)
         whole_rows = not dilated and columns == g.Q
+        whole_columns = not dilated and rows >= g.P and g.padded
+        # Where all patches of a plane start in the same half of a pair, and what is masked lies in shared memory.
+        in_pairs = not (dilated or whole_rows) and size <= 4 and (rows % (2 * by_h) == 0 or rows >= g.P)
+        paired = in_pairs and g.W % 2 == 1 and columns // by_w * patch_stride[1] % 2 == 0
+        paired = paired and (g.padding[1][0] + 1) * size <= _MASKED_BYTES
+        out_paired = in_pairs and size == 2 and g.Q % 2 == 1 and columns % 2 == 0
         vector = of_x if whole_rows else math.gcd(of_x, columns // by_w * patch_stride[1])
         out_vector = math.gcd(of_y, columns)
         span_rows = _met((rows - 1) * patch_stride[0] + g.R, by_h, first_h)
         span = g.W if whole_rows else _met((columns - 1) * patch_stride[1] + g.S, by_w, first_w)
-        loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
+        if paired:
+            loads = span / 2 + 0.5
+        else:
+            loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
         words = max(1, size // 4)
         values = (rows * columns + g.R * g.S + span) * words
         if values > _MAX_VALUES:
             continue
+        loaded_rows = min(span_rows, g.H) if whole_columns else span_rows
         # Of one row: loads, what they are where they fall outside, conversions, the bounds.
-        row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
+        if paired:
+            row_slots = loads + 2 + (loads + span * size / 4 if g.padded else 0) + (span if size == 2 else 0)
+        else:
+            row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
         if summed > 1:
             row_slots = summed * (row_slots + 2 * g.R * g.S / span_rows)  # the weights of every channel, once a patch
-        stores = (1 + size / 4 if size < 4 else 1) * columns / out_vector + (columns if size == 2 else 0) + 2
-        slots = (row_slots * span_rows + rows * stores + 30) / (rows * columns)
-        slots += summed * g.R * g.S * words / (by_h * by_w)
+        stored = columns / 2 + 0.5 if out_paired else columns / out_vector
+        stores = (1 + size / 4 if size < 4 else 1) * stored + (columns if size == 2 else 0) + 2
+        slots = (row_slots * loaded_rows + rows * stores + 30) / (rows * columns)
+        products_h = _products(rows, patch_stride[0], g.R, by_h, first_h, g.padding[0][0], g.H if whole_columns else 0)
+        products_w = _products(columns, patch_stride[1], g.S, by_w, first_w, g.padding[1][0], g.W if whole_rows else 0)
+        slots += summed * products_h * products_w * words / (rows * columns)
         # Lanes are so many elements apart.
         if whole_rows:
             apart, apart_out = rows // by_h * g.stride[0] * g.W, rows * g.Q
@@ -298,8 +325,8 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             apart, apart_out = 1, 1
         else:
             apart, apart_out = columns // by_w * patch_stride[1], columns
-        load_passes = summed * loads * span_rows * bank_passes(apart * size, vector * size)
-        store_passes = rows * columns / out_vector * bank_passes(apart_out * size, out_vector * size)
+        load_passes = summed * loads * loaded_rows * bank_passes(apart * size, (2 if paired else vector) * size)
+        store_passes = rows * stored * bank_passes(apart_out * size, (2 if out_paired else out_vector) * size)
         yield Patch(
             rows=rows,
             columns=columns,
@@ -309,10 +336,22 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             vector=vector,
             out_vector=out_vector,
             whole_rows=whole_rows,
+            whole_columns=whole_columns,
+            paired=paired,
+            out_paired=out_paired,
             slots=slots,
             passes=(load_passes + store_passes) / (rows * columns),
             registers=min(255, int(1.7 * values) + 49),
         )
+
+
+def _products(outputs: int, stride: int, taps: int, by: int, first: int, before: int, extent: int) -> float:
+    """How many products a row of outputs is made of along one axis; of those that meet x alone where its extent, and
+    what lies before it, are known, and 0 stands for any extent."""
+    if not extent:
+        return outputs * taps / by
+    met = (output * stride + tap - first for output in range(outputs) for tap in range(taps))
+    return sum(place % by == 0 and 0 <= place // by - before < extent for place in met)
 
 
 def _met(taps: int, by: int, first: int) -> int:
@@ -337,8 +376,9 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
     column_items = column_groups * patch.spacing[1]
     # Columns that a thread may look at behind the last row, though it may not store what comes of them.
     overhang = 2 * patch.vector
-    if not g.padded:
-        overhang += max(0, _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.W)
+    if patch.paired or not g.padded:
+        last = _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.padding[1][0]
+        overhang += max(0, last - g.W)
     all_groups = -(-g.P // group_rows)
     for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
         block_rows = min(g.P, groups * group_rows)
@@ -357,6 +397,8 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
         for threads in _THREADS:
             # Whole planes: as many as there are threads for, or a part of them.
             most = max(1, min(threads // (row_items * column_items), g.N * g.K)) if whole else 1
+            if patch.paired and g.H * g.W % 2:
+                most = 1  # other planes start in the other half of a pair
             for planes, block_images in product({-(-most // part) for part in (1, 2, 4)}, images):
                 block_planes = planes - planes % g.K if planes > g.K else planes
                 addend = g.H * g.W
