@@ -39,8 +39,10 @@ def fields(tile, *names):
         ("float64", (2, 3, 40, 31), (3, 1, 2, 3), {"padding": 2, "dilation": (2, 3)}),
         ("bfloat16", (2, 3, 18, 37), (3, 1, 3, 3), {"padding": ((1, 0), (1, 1))}),
         ("float32", (2, 3, 18, 37), (3, 1, 3, 4), {}),
+        ("bfloat16", (3, 4, 23, 33), (4, 1, 3, 3), {"padding": ((5, 4), (3, 8)), "dilation": 4}),
+        ("float32", (3, 4, 23, 32), (8, 1, 3, 3), {"stride": (2, 1), "padding": ((5, 4), (4, 0)), "dilation": (3, 4)}),
     ],
-    ids=["small_planes", "strided", "dilated", "odd_rows", "odd_rows_unpadded"],
+    ids=["small_planes", "strided", "dilated", "odd_rows", "odd_rows_unpadded", "pairs_apart", "pairs_apart_strided"],
 )
 def test_runs(device, rng, dtype, x_shape, w_shape, numbers):
     """Pieces of planes and several planes; blocks that go through images in turn, two of them under way at once."""
@@ -58,7 +60,7 @@ def test_runs(device, rng, dtype, x_shape, w_shape, numbers):
         yield "images", tile.block_images, tile.block_planes > 1
         yield "rows", tile.block_rows < g.P, g.P % tile.block_rows > 0
         yield "patch", patch.whole_rows, patch.vector, patch.out_vector
-        yield "pairs", patch.paired, patch.out_paired
+        yield "pairs", patch.paired, patch.out_paired, patch.paired and patch.columns
         yield "padding", patch.whole_rows, patch.whole_columns
 
     chosen = list(each_kind_once(choices, kinds))

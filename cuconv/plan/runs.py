@@ -28,8 +28,9 @@ MAX_TAPS = 64
 # networks have most.
 _ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
 _COLUMNS = (4, 2, 1)
-# Of rows without vectors, too: with these, the lanes of a load of an element or of a pair meet different banks of memory.
+# Of rows without vectors, too: with these, lanes that load an element each, or a pair, meet different banks of memory.
 _UNALIGNED_COLUMNS = (7, 6, 5, 3, 4, 2, 1)
+_PAIRED_COLUMNS = (6, 4, 2, 1)
 # Rows of up to this many outputs may be one thread's.
 _MAX_WIDTH = 16
 # Sums, weights and one row of input that a thread may hold, in registers: beyond, the compiler spills.
@@ -68,18 +69,30 @@ class Patch:
     stride: Pair
     spread: Spread
     spacing: Pair
+    dilated: bool
     vector: int
     out_vector: int
     # Whether it spans rows, and columns, from end to end, so that what falls outside is known when it is compiled.
     whole_rows: bool
     whole_columns: bool
-    # Whether rows of x, and of y, are an odd number of elements, and loaded and stored in pairs.
+    # Whether rows of x, and of y, are an odd number of elements, and loaded and stored in pairs; where columns are
+    # dilated, whether every two of a patch are neighbours.
     paired: bool
     out_paired: bool
     # By a rough count, an output: issue slots, and passes over the banks of shared memory.
     slots: float
     passes: float
     registers: int
+
+    @property
+    def column_group(self) -> int:
+        """Columns that are patched together, a patch for each beginning."""
+        return self.spacing[1] * (self.columns // 2 if self.apart else self.columns)
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is made of pairs of columns that lie apart."""
+        return self.paired and self.dilated
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +211,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("SPREAD_W", patch.spread.by[1]),
             ("FIRST_H", patch.spread.first[0]),
             ("FIRST_W", patch.spread.first[1]),
-            ("DILATED", int(g.dilation != (1, 1))),
+            ("DILATED", int(patch.dilated)),
             ("VECTOR", patch.vector),
             ("OUT_VECTOR", patch.out_vector),
             ("LEFT", g.padding[1][0] if patch.whole_rows else g.padding[1][0] % patch.vector),
@@ -222,7 +235,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("items_magic", magic(tile.row_items * tile.column_items)),
             ("column_items_magic", magic(tile.column_items)),
             ("spacing_h_magic", magic(patch.spacing[0])),
-            ("spacing_w_magic", magic(patch.spacing[1])),
+            ("spacing_w_magic", magic(patch.spacing[1] // (2 if patch.apart else 1))),
             # Without a magic number for it, every output plane of an image is a channel.
             ("K_magic", magic(g.K) if image_planes > g.K else 0),
             ("image_planes", image_planes),
@@ -272,8 +285,12 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
     # Of a spread x, every patch has whole spreads.
     (by_h, by_w), (first_h, first_w) = spread.by, spread.first
     summed = _summed(g)
+    pairable = size <= 4 and (g.padding[1][0] + 1) * size <= _MASKED_BYTES
+    # Rows and columns whole dilations apart have the same place in a pair.
+    whole_pairs = g.dilation[0] * g.W % 2 == 0 and g.dilation[1] % 2 == 0 and g.stride[1] == 1
+    apart = pairable and dilated and summed == 1 and whole_pairs
     unaligned = not dilated and of_x == 1
-    choices = _UNALIGNED_COLUMNS if unaligned else _COLUMNS
+    choices = _UNALIGNED_COLUMNS if unaligned else _PAIRED_COLUMNS if apart else _COLUMNS
     columns_choices = [by_w * c for c in choices if c == 1 or (stride[1] <= 2 and (by_w * c - 1) * spacing[1] < g.Q)]
     if not dilated and by_w <= g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
@@ -287,16 +304,19 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
         patch_stride = (stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1)
         whole_rows = not dilated and columns == g.Q
         whole_columns = not dilated and rows >= g.P and g.padded
-        # Where all patches of a plane start in the same half of a pair, and what is masked lies in shared memory.
-        in_pairs = not (dilated or whole_rows) and size <= 4 and (rows % (2 * by_h) == 0 or rows >= g.P)
-        paired = in_pairs and g.W % 2 == 1 and columns // by_w * patch_stride[1] % 2 == 0
-        paired = paired and (g.padding[1][0] + 1) * size <= _MASKED_BYTES
+        # Where all patches of a plane start in the same half of a pair.
+        in_pairs = not (dilated or whole_rows) and (rows % (2 * by_h) == 0 or rows >= g.P)
+        paired = pairable and in_pairs and g.W % 2 == 1 and columns // by_w * patch_stride[1] % 2 == 0
+        paired = paired or (apart and columns % 2 == 0)
         out_paired = in_pairs and size == 2 and g.Q % 2 == 1 and columns % 2 == 0
         vector = of_x if whole_rows else math.gcd(of_x, columns // by_w * patch_stride[1])
         out_vector = math.gcd(of_y, columns)
         span_rows = _met((rows - 1) * patch_stride[0] + g.R, by_h, first_h)
         span = g.W if whole_rows else _met((columns - 1) * patch_stride[1] + g.S, by_w, first_w)
-        if paired:
+        if paired and dilated:
+            span = 2 * (columns // 2 - 1 + g.S)
+            loads = span / 2
+        elif paired:
             loads = span / 2 + 0.5
         else:
             loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
@@ -320,19 +340,20 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
         slots += summed * products_h * products_w * words / (rows * columns)
         # Lanes are so many elements apart.
         if whole_rows:
-            apart, apart_out = rows // by_h * g.stride[0] * g.W, rows * g.Q
+            between, between_out = rows // by_h * g.stride[0] * g.W, rows * g.Q
         elif dilated:
-            apart, apart_out = 1, 1
+            between, between_out = (2, 2) if paired else (1, 1)
         else:
-            apart, apart_out = columns // by_w * patch_stride[1], columns
-        load_passes = summed * loads * loaded_rows * bank_passes(apart * size, (2 if paired else vector) * size)
-        store_passes = rows * stored * bank_passes(apart_out * size, (2 if out_paired else out_vector) * size)
+            between, between_out = columns // by_w * patch_stride[1], columns
+        load_passes = summed * loads * loaded_rows * bank_passes(between * size, (2 if paired else vector) * size)
+        store_passes = rows * stored * bank_passes(between_out * size, (2 if out_paired else out_vector) * size)
         yield Patch(
             rows=rows,
             columns=columns,
             stride=patch_stride,
             spread=spread,
-            spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
+            spacing=(spacing[0] if rows > 1 else 1, _column_spacing(spacing[1], columns, paired and dilated)),
+            dilated=dilated,
             vector=vector,
             out_vector=out_vector,
             whole_rows=whole_rows,
@@ -343,6 +364,11 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             passes=(load_passes + store_passes) / (rows * columns),
             registers=min(255, int(1.7 * values) + 49),
         )
+
+
+def _column_spacing(spacing: int, columns: int, apart: bool) -> int:
+    # Of pairs apart a single one is its own group.
+    return spacing if columns > (2 if apart else 1) else 2 if apart else 1
 
 
 def _products(outputs: int, stride: int, taps: int, by: int, first: int, before: int, extent: int) -> float:
@@ -371,9 +397,10 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
     reach = [(kernel - 1) * dilation + 1 for kernel, dilation in zip((g.R, g.S), g.dilation, strict=True)]
     (by_h, by_w), (first_h, first_w) = patch.spread.by, patch.spread.first
     # Rows and columns that are patched together: a patch for each of `spacing` beginnings.
-    group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
-    column_groups = -(-g.Q // group_columns)
-    column_items = column_groups * patch.spacing[1]
+    group_rows, group_columns = patch.rows * patch.spacing[0], patch.column_group
+    # Pairs may start a column before the row.
+    column_groups = -(-(g.Q + patch.apart) // group_columns)
+    column_items = column_groups * group_columns // patch.columns
     # Columns that a thread may look at behind the last row, though it may not store what comes of them.
     overhang = 2 * patch.vector
     if patch.paired or not g.padded:
