@@ -284,6 +284,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const T* const start = x_run + turn * input_image;
     T* const copy = run_in_shared(start, inputs + turn % kStages * g.input_bytes);
     const int count = static_cast<int>(others * input_plane) + (high - low) * g.W;
+    if (runs == 1) {
+      const T* const end = x + (g.images - 1) * input_image + input_plane_of(g.last_image_planes, g) * input_plane;
+      load_run(Run<const T>(start, count, copy, x, end), &full[turn % kStages], thread);
+      return;
+    }
     for (int m = 0; m < runs; ++m)
       load_run(Run<const T>(start + m * input_plane, count, copy + m * g.addend), &full[turn % kStages], thread);
   };
