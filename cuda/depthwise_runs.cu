@@ -13,9 +13,8 @@
 // OUT_VECTOR (elements of one load and one store of shared memory: they divide W and Q, and runs start at multiples of
 // them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what
 // falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere); HEIGHT, TOP (H and the padding
-// where a patch spans the whole plane from top to bottom; 0 elsewhere); PAIRED, OUT_PAIRED (rows of x, of y, are an odd
-// number of elements, and loaded and stored in pairs, see PairedRowOfPatch). DILATED and PAIRED: every two columns of a
-// patch are neighbours, of which the first starts a pair of elements of x, be it a column before the row.
+// where a patch spans the whole plane from top to bottom; 0 elsewhere); PAIRED (where columns are dilated: every two
+// columns of a patch are neighbours, of which the first starts a pair of elements of x, be it a column before the row).
 //
 // Spread: x's rows are SPREAD_H apart, as if there were SPREAD_H - 1 rows between any two, which no tap meets. Patches
 // start at multiples of SPREAD_H, so that in each of them the first row of x is met by tap FIRST_H of the first output,
@@ -55,12 +54,10 @@ constexpr int kWidth = CUCONV_WIDTH;
 constexpr int kTop = CUCONV_TOP;
 constexpr int kHeight = CUCONV_HEIGHT;
 constexpr bool kPaired = CUCONV_PAIRED;
-constexpr bool kOutPaired = CUCONV_OUT_PAIRED;
-constexpr bool kApart = kPaired && kDilated;
 
 // Rows and columns of x that a patch needs, in units of the dilation.
 constexpr int kSpanH = ((kRows - 1) * kStrideH + kR - kFirstH + kSpreadH - 1) / kSpreadH;
-constexpr int kSpanW = kApart ? 2 * (kColumns / 2 - 1 + kS)
+constexpr int kSpanW = kPaired ? 2 * (kColumns / 2 - 1 + kS)
                               : ((kColumns - 1) * kStrideW + kS - kFirstW + kSpreadW - 1) / kSpreadW;
 
 // What the padding adds to sums is a zero, unless a weight is infinite or NaN. Taps of which it is known at compile time
@@ -70,19 +67,15 @@ __device__ constexpr bool outside(int i, int j) {
 }
 constexpr bool kPassedOver = kPadded && (kHeight > 0 || kWidth > 0);
 
-template <bool kInPairs, bool kPairsApart>
+template <bool kInPairs>
 struct RowOf {
   using type = RowOfPatch<T, kSpanW, kVector, kLeft, kWidth>;
 };
 template <>
-struct RowOf<true, false> {
-  using type = PairedRowOfPatch<T, kSpanW>;
+struct RowOf<true> {
+  using type = PairsOfPatch<T, kSpanW / 2>;
 };
-template <>
-struct RowOf<true, true> {
-  using type = PairsApartOfPatch<T, kSpanW / 2>;
-};
-using Row = RowOf<kPaired, kApart>::type;
+using Row = RowOf<kPaired>::type;
 
 static_assert(!kMultiplied || !kSummed, "channels multiply one way");
 static_assert(kStages == 1 || kStages == 2, "the parity of a barrier is counted for these");
@@ -92,10 +85,8 @@ static_assert((kSpreadH == 1 || kStrideH == 1) && (kSpreadW == 1 || kStrideW == 
 static_assert(kWidth || kColumns % kSpreadW == 0, "every patch starts at the same place between two columns");
 static_assert(kWidth || kColumns / kSpreadW * kStrideW % kVector == 0, "every patch starts at one place of a vector");
 static_assert(kColumns % kOutVector == 0, "patches are whole vectors");
-static_assert(!(kPaired || kOutPaired) || kWidth == 0, "pairs are for rows of any length");
-static_assert(!kApart || (kStrideW == 1 && kSpreadW == 1 && kColumns % 2 == 0 && !kSummed), "patches are pairs apart");
-static_assert(!kPaired || kVector == 1, "pairs are no vectors: rows are no whole pairs");
-static_assert(!kOutPaired || (!kDilated && kOutVector == 1 && sizeof(T) == 2 && kColumns % 2 == 0), "results are stored in words");
+static_assert(!kPaired || (kDilated && kStrideW == 1 && kSpreadW == 1 && kColumns % 2 == 0 && !kSummed),
+              "pairs lie apart in rows that are not strided");
 
 struct Parameters {
   int multiplier;                  // output planes for each input plane, or input planes for each output plane
@@ -145,7 +136,7 @@ __device__ __forceinline__ void for_products_of_row(int i, Add add) {
     for (int v = 0; v < kColumns; ++v)
 #pragma unroll
       for (int s = 0; s < kS; ++s) {
-        const int j = kApart ? 2 * (v / 2 + s) + v % 2 : v * kStrideW + s - kFirstW;
+        const int j = kPaired ? 2 * (v / 2 + s) + v % 2 : v * kStrideW + s - kFirstW;
         if (j >= 0 && j % kSpreadW == 0) add(j / kSpreadW, r, s, beyond / kStrideH, v);
       }
   }
@@ -162,9 +153,7 @@ __device__ __forceinline__ bool all_finite(const Sum (&weight)[kR][kS]) {
 }
 
 // All outputs of a patch. `source` is the element of x of the first output's first tap, at (row, column); neither need
-// exist. Every row of x that the patch needs is loaded once and meets all the outputs that need it. kParity, of pairs:
-// whether `source` is the second element of one.
-template <int kParity>
+// exist. Every row of x that the patch needs is loaded once and meets all the outputs that need it.
 __device__ __forceinline__ void convolve(const Parameters& g, const T* source, int row, int column,
                                          const Sum (&weight)[kR][kS], Sum (&sum)[kRows][kColumns]) {
   const int unit_h = kDilated ? g.dilation_h : 1;
@@ -174,13 +163,8 @@ __device__ __forceinline__ void convolve(const Parameters& g, const T* source, i
 #pragma unroll
   for (int i = 0; i < kSpanH; ++i) {
     if (!kHeight || (kTop <= i && i < kTop + kHeight)) {
-      const bool row_within = !kPadded || kHeight || within(row, g.H);
       Sum value[kSpanW];
-      if constexpr (kPaired && !kApart) {
-        x_row.load(source, row_within, (kParity + i) % 2, value);
-      } else {
-        x_row.load(source, row_within, unit_w, value);
-      }
+      x_row.load(source, !kPadded || kHeight || within(row, g.H), unit_w, value);
       for_products_of_row(i, [&](int j, int r, int s, int t, int v) {
         if (!outside(i, j)) sum[t][v] = fma(value[j], weight[r][s], sum[t][v]);
       });
@@ -199,40 +183,18 @@ __device__ __forceinline__ void add_padding(const Sum (&weight)[kR][kS], Sum (&s
     });
 }
 
-// Where output v of a patch's row is, from the first one on.
-__device__ __forceinline__ int column_of(int v, int spacing_w) {
-  return kApart ? v / 2 * spacing_w + v % 2 : v * spacing_w;
-}
-
-// Stores what exists of a patch: `rows` and `columns` from its first output on. kParity, of pairs: whether `result` is the
-// second element of one.
-template <int kParity>
+// Stores what exists of a patch: `rows` and `columns` from its first output on.
 __device__ __forceinline__ void store_patch(const Parameters& g, T* result, int rows, int columns,
                                             const Sum (&sum)[kRows][kColumns]) {
   const int spacing_h = kDilated ? g.spacing_h : 1;
   const int spacing_w = kDilated ? g.spacing_w : 1;
-  if (kOutPaired && columns >= kColumns) {
-    // Every other row starts in the midst of a pair.
-#pragma unroll
-    for (int t = 0; t < kRows; ++t) {
-      const int first = (kParity + t) % 2;
-      if (t < rows) {
-        if (first == 1) store_narrowed<1>(result, &sum[t][0]);
-#pragma unroll
-        for (int v = first; v + 1 < kColumns; v += 2) store_narrowed<2>(result + v, &sum[t][v]);
-        if (first == 1) store_narrowed<1>(result + kColumns - 1, &sum[t][kColumns - 1]);
-      }
-      result += g.Q;
-    }
-    return;
-  }
 #pragma unroll
   for (int t = 0; t < kRows; ++t) {
 #pragma unroll
     for (int v = 0; v < kColumns; v += kOutVector) {
-      const int column = column_of(v, spacing_w);
-      // Of pairs apart, the first may be a column before the row.
-      const bool exists = column < columns && (!kApart || v > 0 || columns <= g.Q);
+      const int column = kPaired ? v / 2 * spacing_w + v % 2 : v * spacing_w;
+      // The first of a pair may be a column before the row.
+      const bool exists = column < columns && (!kPaired || v > 0 || columns <= g.Q);
       if (t * spacing_h < rows && exists) store_narrowed<kOutVector>(result + column, &sum[t][v]);
     }
     result += spacing_h * g.Q;
@@ -333,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
           const int row_group = divide(p, g.spacing_h_magic);
           const int column_group = divide(q, g.spacing_w_magic);
           p += row_group * (kRows - 1) * g.spacing_h;
-          q = kApart ? 2 * q + column_group * (kColumns / 2 - 1) * g.spacing_w
+          q = kPaired ? 2 * q + column_group * (kColumns / 2 - 1) * g.spacing_w
                      : q + column_group * (kColumns - 1) * g.spacing_w;
         } else {
           p *= kRows;
@@ -342,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         const int row = top_row + p / kSpreadH * g.stride_h;
         int column = q / kSpreadW * g.stride_w - g.left;
         const T* source = input + plane_offset + (row - low) * g.W + column;
-        if (kApart && in_midst_of_pair(source)) {
+        if (kPaired && in_midst_of_pair(source)) {
           --q;
           --column;
           --source;
@@ -353,11 +315,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int v = 0; v < kColumns; ++v) sum[t][v] = start;
         const auto add_plane = [&](const T* source) {
-          if (kPaired && !kApart && in_midst_of_pair(source)) {
-            convolve<1>(g, source, row, column, weight, sum);
-          } else {
-            convolve<0>(g, source, row, column, weight, sum);
-          }
+          convolve(g, source, row, column, weight, sum);
           if (kPassedOver && !finite) add_padding(weight, sum);
         };
         if constexpr (kSummed) {
@@ -371,12 +329,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
           add_plane(source);
         }
 
-        T* const result = output + plane * static_cast<int>(output_plane) + p * g.Q + q;
-        if (kOutPaired && in_midst_of_pair(result)) {
-          store_patch<1>(g, result, rows - p, g.Q - q, sum);
-        } else {
-          store_patch<0>(g, result, rows - p, g.Q - q, sum);
-        }
+        store_patch(g, output + plane * static_cast<int>(output_plane) + p * g.Q + q, rows - p, g.Q - q, sum);
       }
     }
 

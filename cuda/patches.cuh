@@ -78,45 +78,9 @@ __device__ __forceinline__ void load_masked_pair(const T* source, bool present, 
   }
 }
 
-// The same of rows that are an odd number of elements, one after the other: every other row starts in the midst of a pair
-// of elements. Spans are loaded in pairs nevertheless, from the last boundary of pairs before them on; whether that is a
-// column before the span, its parity, must be known at compile time. What falls outside is masked.
-template <class T, int kSpan>
-struct PairedRowOfPatch {
-  using Sum = Accumulator<T>;
-  static constexpr int kPairs = kSpan / 2 + 1;
-  static constexpr int kWords = 2 * static_cast<int>(sizeof(T)) / 4;  // of a pair
-
-  uint32 mask[2][kPairs * kWords];
-
-  template <bool kChecked>
-  __device__ __forceinline__ void place(int column, int, int W) {
-#pragma unroll
-    for (int parity = 0; parity < 2; ++parity)
-#pragma unroll
-      for (int k = 0; k < kPairs * kWords; ++k)
-        mask[parity][k] = kChecked ? mask_of_columns<T>(column - parity + k * (2 / kWords), W) : 0xffffffffu;
-  }
-
-  // As above; `parity` is 1 where `source` is the second element of a pair.
-  __device__ __forceinline__ void load(const T* source, bool row_within, int parity, Sum (&value)[kSpan]) const {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      if (2 * pair - parity >= kSpan) continue;
-      Sum element[2];
-      load_masked_pair(source + 2 * pair - parity, row_within, &mask[parity][pair * kWords], element);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int j = 2 * pair - parity + e;
-        if (0 <= j && j < kSpan) value[j] = element[e];
-      }
-    }
-  }
-};
-
 // Pairs of neighbouring columns of x, `unit` columns apart, an even number. Every pair starts at a boundary of pairs.
 template <class T, int kPairs>
-struct PairsApartOfPatch {
+struct PairsOfPatch {
   using Sum = Accumulator<T>;
   static constexpr int kWords = 2 * static_cast<int>(sizeof(T)) / 4;  // of a pair
 

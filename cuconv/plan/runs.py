@@ -28,8 +28,8 @@ MAX_TAPS = 64
 # networks have most.
 _ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
 _COLUMNS = (4, 2, 1)
-# Of rows without vectors, too: with these, lanes that load an element each, or a pair, meet different banks of memory.
-_UNALIGNED_COLUMNS = (7, 6, 5, 3, 4, 2, 1)
+# Of rows without vectors, too: with odd numbers, the lanes of a scalar load meet different banks of shared memory.
+_UNALIGNED_COLUMNS = (7, 5, 3, 4, 2, 1)
 _PAIRED_COLUMNS = (6, 4, 2, 1)
 # Rows of up to this many outputs may be one thread's.
 _MAX_WIDTH = 16
@@ -75,10 +75,8 @@ class Patch:
     # Whether it spans rows, and columns, from end to end, so that what falls outside is known when it is compiled.
     whole_rows: bool
     whole_columns: bool
-    # Whether rows of x, and of y, are an odd number of elements, and loaded and stored in pairs; where columns are
-    # dilated, whether every two of a patch are neighbours.
+    # Whether, of dilated columns, every two are neighbours.
     paired: bool
-    out_paired: bool
     # By a rough count, an output: issue slots, and passes over the banks of shared memory.
     slots: float
     passes: float
@@ -87,12 +85,7 @@ class Patch:
     @property
     def column_group(self) -> int:
         """Columns that are patched together, a patch for each beginning."""
-        return self.spacing[1] * (self.columns // 2 if self.apart else self.columns)
-
-    @property
-    def apart(self) -> bool:
-        """Whether it is made of pairs of columns that lie apart."""
-        return self.paired and self.dilated
+        return self.spacing[1] * self.columns // (2 if self.paired else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +212,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("TOP", g.padding[0][0] if patch.whole_columns else 0),
             ("HEIGHT", g.H if patch.whole_columns else 0),
             ("PAIRED", int(patch.paired)),
-            ("OUT_PAIRED", int(patch.out_paired)),
         ),
         grid=grid,
         block=tile.threads,
@@ -235,7 +227,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("items_magic", magic(tile.row_items * tile.column_items)),
             ("column_items_magic", magic(tile.column_items)),
             ("spacing_h_magic", magic(patch.spacing[0])),
-            ("spacing_w_magic", magic(patch.spacing[1] // (2 if patch.apart else 1))),
+            ("spacing_w_magic", magic(patch.spacing[1] // (2 if patch.paired else 1))),
             # Without a magic number for it, every output plane of an image is a channel.
             ("K_magic", magic(g.K) if image_planes > g.K else 0),
             ("image_planes", image_planes),
@@ -285,12 +277,11 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
     # Of a spread x, every patch has whole spreads.
     (by_h, by_w), (first_h, first_w) = spread.by, spread.first
     summed = _summed(g)
-    pairable = size <= 4 and (g.padding[1][0] + 1) * size <= _MASKED_BYTES
     # Rows and columns whole dilations apart have the same place in a pair.
-    whole_pairs = g.dilation[0] * g.W % 2 == 0 and g.dilation[1] % 2 == 0 and g.stride[1] == 1
-    apart = pairable and dilated and summed == 1 and whole_pairs
+    pairable = dilated and size <= 4 and summed == 1 and g.stride[1] == 1 and g.dilation[1] % 2 == 0
+    pairable = pairable and g.dilation[0] * g.W % 2 == 0 and (g.padding[1][0] + 1) * size <= _MASKED_BYTES
     unaligned = not dilated and of_x == 1
-    choices = _UNALIGNED_COLUMNS if unaligned else _PAIRED_COLUMNS if apart else _COLUMNS
+    choices = _UNALIGNED_COLUMNS if unaligned else _PAIRED_COLUMNS if pairable else _COLUMNS
     columns_choices = [by_w * c for c in choices if c == 1 or (stride[1] <= 2 and (by_w * c - 1) * spacing[1] < g.Q)]
     if not dilated and by_w <= g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
@@ -304,20 +295,14 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
         patch_stride = (stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1)
         whole_rows = not dilated and columns == g.Q
         whole_columns = not dilated and rows >= g.P and g.padded
-        # Where all patches of a plane start in the same half of a pair.
-        in_pairs = not (dilated or whole_rows) and (rows % (2 * by_h) == 0 or rows >= g.P)
-        paired = pairable and in_pairs and g.W % 2 == 1 and columns // by_w * patch_stride[1] % 2 == 0
-        paired = paired or (apart and columns % 2 == 0)
-        out_paired = in_pairs and size == 2 and g.Q % 2 == 1 and columns % 2 == 0
+        paired = pairable and columns % 2 == 0
         vector = of_x if whole_rows else math.gcd(of_x, columns // by_w * patch_stride[1])
         out_vector = math.gcd(of_y, columns)
         span_rows = _met((rows - 1) * patch_stride[0] + g.R, by_h, first_h)
         span = g.W if whole_rows else _met((columns - 1) * patch_stride[1] + g.S, by_w, first_w)
-        if paired and dilated:
+        if paired:
             span = 2 * (columns // 2 - 1 + g.S)
             loads = span / 2
-        elif paired:
-            loads = span / 2 + 0.5
         else:
             loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
         words = max(1, size // 4)
@@ -332,7 +317,7 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
         if summed > 1:
             row_slots = summed * (row_slots + 2 * g.R * g.S / span_rows)  # the weights of every channel, once a patch
-        stored = columns / 2 + 0.5 if out_paired else columns / out_vector
+        stored = columns / out_vector
         stores = (1 + size / 4 if size < 4 else 1) * stored + (columns if size == 2 else 0) + 2
         slots = (row_slots * loaded_rows + rows * stores + 30) / (rows * columns)
         products_h = _products(rows, patch_stride[0], g.R, by_h, first_h, g.padding[0][0], g.H if whole_columns else 0)
@@ -346,29 +331,29 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
         else:
             between, between_out = columns // by_w * patch_stride[1], columns
         load_passes = summed * loads * loaded_rows * bank_passes(between * size, (2 if paired else vector) * size)
-        store_passes = rows * stored * bank_passes(between_out * size, (2 if out_paired else out_vector) * size)
+        store_passes = rows * stored * bank_passes(between_out * size, out_vector * size)
         yield Patch(
             rows=rows,
             columns=columns,
             stride=patch_stride,
             spread=spread,
-            spacing=(spacing[0] if rows > 1 else 1, _column_spacing(spacing[1], columns, paired and dilated)),
+            spacing=(spacing[0] if rows > 1 else 1, _column_spacing(spacing[1], columns, paired)),
             dilated=dilated,
             vector=vector,
             out_vector=out_vector,
             whole_rows=whole_rows,
             whole_columns=whole_columns,
             paired=paired,
-            out_paired=out_paired,
             slots=slots,
             passes=(load_passes + store_passes) / (rows * columns),
             registers=min(255, int(1.7 * values) + 49),
         )
 
 
-def _column_spacing(spacing: int, columns: int, apart: bool) -> int:
-    # Of pairs apart a single one is its own group.
-    return spacing if columns > (2 if apart else 1) else 2 if apart else 1
+def _column_spacing(spacing: int, columns: int, paired: bool) -> int:
+    """Of a single column or pair, its own width."""
+    alone = 2 if paired else 1
+    return spacing if columns > alone else alone
 
 
 def _products(outputs: int, stride: int, taps: int, by: int, first: int, before: int, extent: int) -> float:
@@ -399,7 +384,7 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
     # Rows and columns that are patched together: a patch for each of `spacing` beginnings.
     group_rows, group_columns = patch.rows * patch.spacing[0], patch.column_group
     # Pairs may start a column before the row.
-    column_groups = -(-(g.Q + patch.apart) // group_columns)
+    column_groups = -(-(g.Q + patch.paired) // group_columns)
     column_items = column_groups * group_columns // patch.columns
     # Columns that a thread may look at behind the last row, though it may not store what comes of them.
     overhang = 2 * patch.vector
@@ -424,8 +409,6 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
         for threads in _THREADS:
             # Whole planes: as many as there are threads for, or a part of them.
             most = max(1, min(threads // (row_items * column_items), g.N * g.K)) if whole else 1
-            if patch.paired and g.H * g.W % 2:
-                most = 1  # other planes start in the other half of a pair
             for planes, block_images in product({-(-most // part) for part in (1, 2, 4)}, images):
                 block_planes = planes - planes % g.K if planes > g.K else planes
                 addend = g.H * g.W
