@@ -12,7 +12,9 @@
 // STRIDE_H, STRIDE_W (of the patch, see below); SPREAD_H, SPREAD_W, FIRST_H, FIRST_W (see below); DILATED; VECTOR,
 // OUT_VECTOR (elements of one load and one store of shared memory: they divide W and Q, and runs start at multiples of
 // them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what
-// falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere).
+// falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere); HEIGHT, TOP (H and the padding
+// where a patch spans the whole plane from top to bottom; 0 elsewhere); PAIRED (where columns are dilated: every two
+// columns of a patch are neighbours, of which the first starts a pair of elements of x, be it a column before the row).
 //
 // Spread: x's rows are SPREAD_H apart, as if there were SPREAD_H - 1 rows between any two, which no tap meets. Patches
 // start at multiples of SPREAD_H, so that in each of them the first row of x is met by tap FIRST_H of the first output,
@@ -22,8 +24,7 @@
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows
 // so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns
 // likewise.
-#include "indices.cuh"
-#include "numbers.cuh"
+#include "patches.cuh"
 #include "runs.cuh"
 
 using T = CUCONV_T;
@@ -50,13 +51,31 @@ constexpr int kVector = CUCONV_VECTOR;
 constexpr int kOutVector = CUCONV_OUT_VECTOR;
 constexpr int kLeft = CUCONV_LEFT;
 constexpr int kWidth = CUCONV_WIDTH;
+constexpr int kTop = CUCONV_TOP;
+constexpr int kHeight = CUCONV_HEIGHT;
+constexpr bool kPaired = CUCONV_PAIRED;
 
 // Rows and columns of x that a patch needs, in units of the dilation.
 constexpr int kSpanH = ((kRows - 1) * kStrideH + kR - kFirstH + kSpreadH - 1) / kSpreadH;
-constexpr int kSpanW = ((kColumns - 1) * kStrideW + kS - kFirstW + kSpreadW - 1) / kSpreadW;
-// They are loaded in vectors, the first of which starts kPhase columns before them.
-constexpr int kPhase = kWidth ? 0 : (kVector - kLeft % kVector) % kVector;
-constexpr int kVectors = (kPhase + kSpanW + kVector - 1) / kVector;
+constexpr int kSpanW = kPaired ? 2 * (kColumns / 2 - 1 + kS)
+                              : ((kColumns - 1) * kStrideW + kS - kFirstW + kSpreadW - 1) / kSpreadW;
+
+// What the padding adds to sums is a zero, unless a weight is infinite or NaN. Taps of which it is known at compile time
+// that they fall into the padding are therefore passed over, and added where weights ask for it.
+__device__ constexpr bool outside(int i, int j) {
+  return (kHeight > 0 && (i < kTop || i >= kTop + kHeight)) || (kWidth > 0 && (j < kLeft || j >= kLeft + kWidth));
+}
+constexpr bool kPassedOver = kPadded && (kHeight > 0 || kWidth > 0);
+
+template <bool kInPairs>
+struct RowOf {
+  using type = RowOfPatch<T, kSpanW, kVector, kLeft, kWidth>;
+};
+template <>
+struct RowOf<true> {
+  using type = PairsOfPatch<T, kSpanW / 2>;
+};
+using Row = RowOf<kPaired>::type;
 
 static_assert(!kMultiplied || !kSummed, "channels multiply one way");
 static_assert(kStages == 1 || kStages == 2, "the parity of a barrier is counted for these");
@@ -65,7 +84,9 @@ static_assert(kFirstH < kSpreadH && kFirstW < kSpreadW && kSpanH > 0 && kSpanW >
 static_assert((kSpreadH == 1 || kStrideH == 1) && (kSpreadW == 1 || kStrideW == 1), "an axis has one of the two");
 static_assert(kWidth || kColumns % kSpreadW == 0, "every patch starts at the same place between two columns");
 static_assert(kWidth || kColumns / kSpreadW * kStrideW % kVector == 0, "every patch starts at one place of a vector");
-static_assert(kWidth % kVector == 0 && kColumns % kOutVector == 0, "rows and patches are whole vectors");
+static_assert(kColumns % kOutVector == 0, "patches are whole vectors");
+static_assert(!kPaired || (kDilated && kStrideW == 1 && kSpreadW == 1 && kColumns % 2 == 0 && !kSummed),
+              "pairs lie apart in rows that are not strided");
 
 struct Parameters {
   int multiplier;                  // output planes for each input plane, or input planes for each output plane
@@ -103,34 +124,32 @@ __device__ __forceinline__ void load_weights(const T* w, int64 channel, Sum (&we
     }
 }
 
-// One row of x as a patch needs it, zeros outside; `source` is where its first tap is, or would be.
-__device__ __forceinline__ void load_row(const T* source, bool row_within, const bool (&vector_within)[kVectors],
-                                         int unit, Sum (&value)[kSpanW]) {
-  if constexpr (kWidth) {
+// Calls `add(j, r, s, t, v)` for every product with row i of x, as the patch has it: its column j meets tap (r, s) of
+// output (t, v).
+template <class Add>
+__device__ __forceinline__ void for_products_of_row(int i, Add add) {
 #pragma unroll
-    for (int j = 0; j < kSpanW; ++j) value[j] = Sum(0);
+  for (int r = 0; r < kR; ++r) {
+    const int beyond = kFirstH + i * kSpreadH - r;
+    if (beyond < 0 || beyond % kStrideH != 0 || beyond / kStrideH >= kRows) continue;
 #pragma unroll
-    for (int column = 0; column < kWidth; column += kVector) {
-      Sum vector[kVector];
-      load_widened<kVector>(source + kLeft + column, row_within, vector);
+    for (int v = 0; v < kColumns; ++v)
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const int j = column + e + kLeft;
-        if (0 <= j && j < kSpanW) value[j] = vector[e];
+      for (int s = 0; s < kS; ++s) {
+        const int j = kPaired ? 2 * (v / 2 + s) + v % 2 : v * kStrideW + s - kFirstW;
+        if (j >= 0 && j % kSpreadW == 0) add(j / kSpreadW, r, s, beyond / kStrideH, v);
       }
-    }
-  } else {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      Sum vector[kVector];
-      load_widened<kVector>(source + (v * kVector - kPhase) * unit, row_within && vector_within[v], vector);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const int j = v * kVector + e - kPhase;
-        if (0 <= j && j < kSpanW) value[j] = vector[e];
-      }
-    }
   }
+}
+
+// Whether no weight is infinite or NaN.
+__device__ __forceinline__ bool all_finite(const Sum (&weight)[kR][kS]) {
+  Sum seen = 0;
+#pragma unroll
+  for (int r = 0; r < kR; ++r)
+#pragma unroll
+    for (int s = 0; s < kS; ++s) seen = fma(weight[r][s], Sum(0), seen);
+  return seen == Sum(0);
 }
 
 // All outputs of a patch. `source` is the element of x of the first output's first tap, at (row, column); neither need
@@ -139,35 +158,59 @@ __device__ __forceinline__ void convolve(const Parameters& g, const T* source, i
                                          const Sum (&weight)[kR][kS], Sum (&sum)[kRows][kColumns]) {
   const int unit_h = kDilated ? g.dilation_h : 1;
   const int unit_w = kDilated ? g.dilation_w : 1;
-  bool vector_within[kVectors];
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v)
-    vector_within[v] = !kPadded || within(column + (v * kVector - kPhase) * unit_w, g.W);
+  Row x_row;
+  x_row.template place<kPadded>(column, unit_w, g.W);
 #pragma unroll
   for (int i = 0; i < kSpanH; ++i) {
-    Sum value[kSpanW];
-    load_row(source, !kPadded || within(row, g.H), vector_within, unit_w, value);
+    if (!kHeight || (kTop <= i && i < kTop + kHeight)) {
+      Sum value[kSpanW];
+      x_row.load(source, !kPadded || kHeight || within(row, g.H), unit_w, value);
+      for_products_of_row(i, [&](int j, int r, int s, int t, int v) {
+        if (!outside(i, j)) sum[t][v] = fma(value[j], weight[r][s], sum[t][v]);
+      });
+    }
     source += unit_h * g.W;
     row += unit_h;
-#pragma unroll
-    for (int r = 0; r < kR; ++r) {
-      const int beyond = kFirstH + i * kSpreadH - r;
-      if (beyond < 0 || beyond % kStrideH != 0 || beyond / kStrideH >= kRows) continue;
-      const int t = beyond / kStrideH;
-#pragma unroll
-      for (int v = 0; v < kColumns; ++v)
-#pragma unroll
-        for (int s = 0; s < kS; ++s) {
-          const int j = v * kStrideW + s - kFirstW;
-          if (j >= 0 && j % kSpreadW == 0) sum[t][v] = fma(value[j / kSpreadW], weight[r][s], sum[t][v]);
-        }
-    }
   }
+}
+
+// What convolve has passed over.
+__device__ __forceinline__ void add_padding(const Sum (&weight)[kR][kS], Sum (&sum)[kRows][kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kSpanH; ++i)
+    for_products_of_row(i, [&](int j, int r, int s, int t, int v) {
+      if (outside(i, j)) sum[t][v] = fma(Sum(0), weight[r][s], sum[t][v]);
+    });
+}
+
+// Stores what exists of a patch: `rows` and `columns` from its first output on.
+__device__ __forceinline__ void store_patch(const Parameters& g, T* result, int rows, int columns,
+                                            const Sum (&sum)[kRows][kColumns]) {
+  const int spacing_h = kDilated ? g.spacing_h : 1;
+  const int spacing_w = kDilated ? g.spacing_w : 1;
+#pragma unroll
+  for (int t = 0; t < kRows; ++t) {
+#pragma unroll
+    for (int v = 0; v < kColumns; v += kOutVector) {
+      const int column = kPaired ? v / 2 * spacing_w + v % 2 : v * spacing_w;
+      // The first of a pair may be a column before the row.
+      const bool exists = column < columns && (!kPaired || v > 0 || columns <= g.Q);
+      if (t * spacing_h < rows && exists) store_narrowed<kOutVector>(result + column, &sum[t][v]);
+    }
+    result += spacing_h * g.Q;
+  }
+}
+
+// Whether an address is the second element's of a pair.
+__device__ __forceinline__ bool in_midst_of_pair(const T* address) {
+  return reinterpret_cast<uint64>(address) / sizeof(T) % 2 != 0;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     depthwise_runs(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
+  // Results, and then inputs: pairs are also loaded from before the first run, and masked.
   CUCONV_DYNAMIC_SHARED(shared);
+  unsigned char* const inputs = shared + kStages * g.output_bytes;
   __shared__ uint64 full[kStages];
   const int thread = static_cast<int>(threadIdx.x);
   const int first_image = static_cast<int>(blockIdx.z) * g.block_images;
@@ -201,8 +244,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const auto load = [&](int turn) {
     const int others = input_plane_of(k0 + planes_of(turn) - 1, g) - c0 + (summed - runs);
     const T* const start = x_run + turn * input_image;
-    T* const copy = run_in_shared(start, shared + turn % kStages * g.input_bytes);
+    T* const copy = run_in_shared(start, inputs + turn % kStages * g.input_bytes);
     const int count = static_cast<int>(others * input_plane) + (high - low) * g.W;
+    if (runs == 1) {
+      const T* const end = x + (g.images - 1) * input_image + input_plane_of(g.last_image_planes, g) * input_plane;
+      load_run(Run<const T>(start, count, copy, x, end), &full[turn % kStages], thread);
+      return;
+    }
     for (int m = 0; m < runs; ++m)
       load_run(Run<const T>(start + m * input_plane, count, copy + m * g.addend), &full[turn % kStages], thread);
   };
@@ -225,13 +273,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int plane_offset = static_cast<int>((input_plane_of(k0 + plane, g) - c0) * input_plane);
 
   Sum weight[kR][kS];
-  if constexpr (!kSummed) load_weights(w, channel, weight);
+  bool finite = true;
+  if constexpr (!kSummed) {
+    load_weights(w, channel, weight);
+    finite = all_finite(weight);
+  }
   const Sum start = bias == nullptr ? Sum(0) : widen(bias[channel]);
   __syncthreads();
 
   for (int turn = 0; turn < images; ++turn) {
-    const T* const input = run_in_shared(x_run + turn * input_image, shared + turn % kStages * g.input_bytes);
-    unsigned char* const buffer = shared + kStages * g.input_bytes + turn % kStages * g.output_bytes;
+    const T* const input = run_in_shared(x_run + turn * input_image, inputs + turn % kStages * g.input_bytes);
+    unsigned char* const buffer = shared + turn % kStages * g.output_bytes;
     T* const output = run_in_shared(y_run + turn * output_image, buffer);
     ptx::barrier_wait(&full[turn % kStages], turn / kStages % 2);
 
@@ -243,41 +295,41 @@ extern "C" __global__ void __launch_bounds__(kThreads)
           const int row_group = divide(p, g.spacing_h_magic);
           const int column_group = divide(q, g.spacing_w_magic);
           p += row_group * (kRows - 1) * g.spacing_h;
-          q += column_group * (kColumns - 1) * g.spacing_w;
+          q = kPaired ? 2 * q + column_group * (kColumns / 2 - 1) * g.spacing_w
+                     : q + column_group * (kColumns - 1) * g.spacing_w;
         } else {
           p *= kRows;
           q *= kColumns;
         }
-        const int spacing_h = kDilated ? g.spacing_h : 1;
-        const int spacing_w = kDilated ? g.spacing_w : 1;
         const int row = top_row + p / kSpreadH * g.stride_h;
-        const int column = q / kSpreadW * g.stride_w - g.left;
+        int column = q / kSpreadW * g.stride_w - g.left;
+        const T* source = input + plane_offset + (row - low) * g.W + column;
+        if (kPaired && in_midst_of_pair(source)) {
+          --q;
+          --column;
+          --source;
+        }
         Sum sum[kRows][kColumns];
 #pragma unroll
         for (int t = 0; t < kRows; ++t)
 #pragma unroll
           for (int v = 0; v < kColumns; ++v) sum[t][v] = start;
-        const int first_tap = plane_offset + (row - low) * g.W + column;
+        const auto add_plane = [&](const T* source) {
+          convolve(g, source, row, column, weight, sum);
+          if (kPassedOver && !finite) add_padding(weight, sum);
+        };
         if constexpr (kSummed) {
 #pragma unroll 1
           for (int m = 0; m < summed; ++m) {
             load_weights(w, static_cast<int64>(channel) * summed + m, weight);
-            convolve(g, input + first_tap + m * g.addend, row, column, weight, sum);
+            finite = all_finite(weight);
+            add_plane(source + m * g.addend);
           }
         } else {
-          convolve(g, input + first_tap, row, column, weight, sum);
+          add_plane(source);
         }
 
-        T* result = output + plane * static_cast<int>(output_plane) + p * g.Q + q;
-#pragma unroll
-        for (int t = 0; t < kRows; ++t) {
-#pragma unroll
-          for (int v = 0; v < kColumns; v += kOutVector) {
-            if (p < rows && q + v * spacing_w < g.Q) store_narrowed<kOutVector>(result + v * spacing_w, &sum[t][v]);
-          }
-          p += spacing_h;
-          result += spacing_h * g.Q;
-        }
+        store_patch(g, output + plane * static_cast<int>(output_plane) + p * g.Q + q, rows - p, g.Q - q, sum);
       }
     }
 

@@ -98,10 +98,12 @@ __device__ __forceinline__ void widen_packed(const Packed<T, kCount>& packed, Ac
   }
 }
 
-// load_packed, widened.
+// load_packed, widened. Not by calling it: a vector that a function returns costs the loops around it up to 50 registers.
 template <int kCount, class T>
 __device__ __forceinline__ void load_widened(const T* source, bool present, Accumulator<T> (&value)[kCount]) {
-  widen_packed<T, kCount>(load_packed<kCount>(source, present), value);
+  Packed<T, kCount> packed = {};
+  if (present) packed = *reinterpret_cast<const Packed<T, kCount>*>(source);
+  widen_packed<T, kCount>(packed, value);
 }
 
 // kCount values, narrowed; `destination` is a multiple of kCount elements.

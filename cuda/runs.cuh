@@ -29,7 +29,7 @@ __device__ __forceinline__ typename MutableOf<T>::type* run_in_shared(T* global,
 template <class T>
 struct Run {
   static constexpr int kPerVector = kBulkAlignment / static_cast<int>(sizeof(T));
-  // One lane for each element of a head or a tail: two halves of a warp.
+  // One lane for each element before or behind the bulk copy: two halves of a warp, of which lane 0 has none.
   static_assert(2 * kPerVector <= kWarp);
 
   using Element = typename MutableOf<T>::type;
@@ -37,8 +37,8 @@ struct Run {
   T* global;
   Element* shared;
   int count;
-  int head;    // elements before the first boundary
-  int middle;  // elements between boundaries
+  int first;   // where the bulk copy begins, counted from the run's start: before it, if that is negative
+  int middle;  // elements of the bulk copy
 
   __device__ __forceinline__ Run(T* start, int elements, unsigned char* buffer)
       : Run(start, elements, run_in_shared(start, buffer)) {}
@@ -46,14 +46,27 @@ struct Run {
   __device__ __forceinline__ Run(T* start, int elements, Element* copy)
       : global(start), shared(copy), count(elements) {
     const int offset = static_cast<int>(reinterpret_cast<uint64>(start) % kBulkAlignment);
-    head = min(count, (kBulkAlignment - offset) % kBulkAlignment / static_cast<int>(sizeof(T)));
-    middle = (count - head) / kPerVector * kPerVector;
+    first = min(count, (kBulkAlignment - offset) % kBulkAlignment / static_cast<int>(sizeof(T)));
+    middle = (count - first) / kPerVector * kPerVector;
   }
 
-  // The element of the head (lanes 0 to 15) or the tail (16 to 31) that is this lane's to copy; `count` where none is.
+  // The same with what lies between the run and the boundaries around it, where that belongs to the array from `begin` to
+  // `end`.
+  __device__ __forceinline__ Run(T* start, int elements, Element* copy, const T* begin, const T* end)
+      : Run(start, elements, copy) {
+    const int before = static_cast<int>(reinterpret_cast<uint64>(start) % kBulkAlignment / sizeof(T));
+    if (start - begin >= before) {
+      first = -before;
+      middle = (count - first) / kPerVector * kPerVector;
+    }
+    if (first + middle < count && end - start >= first + middle + kPerVector) middle += kPerVector;
+  }
+
+  // The element before the bulk copy (lanes 1 to 15) or behind it (16 to 31) that is this lane's to copy; `count` where
+  // none is.
   __device__ __forceinline__ int single(int lane) const {
-    if (lane < kWarp / 2) return lane < head ? lane : count;
-    return min(count, head + middle + lane - kWarp / 2);
+    if (lane < kWarp / 2) return 0 < lane && lane <= first ? lane - 1 : count;
+    return min(count, first + middle + lane - kWarp / 2);
   }
 };
 
@@ -61,13 +74,14 @@ struct Run {
 // the whole run is in shared memory.
 template <class T>
 __device__ __forceinline__ void load_run(const Run<T>& run, uint64* barrier, int lane) {
-  const int single = run.single(lane);
-  if (single < run.count) run.shared[single] = run.global[single];
+  // Lane 0, which has no single element to wait for, starts the bulk copy at once.
   if (lane == 0) {
     const uint32 bytes = run.middle * static_cast<uint32>(sizeof(T));
     ptx::barrier_arrive_expect(barrier, bytes);
-    if (bytes > 0) ptx::bulk_load(run.shared + run.head, run.global + run.head, bytes, barrier);
+    if (bytes > 0) ptx::bulk_load(run.shared + run.first, run.global + run.first, bytes, barrier);
   } else {
+    const int single = run.single(lane);
+    if (single < run.count) run.shared[single] = run.global[single];
     ptx::barrier_arrive(barrier);
   }
 }
@@ -81,7 +95,7 @@ __device__ __forceinline__ void store_run(const Run<T>& run, int lane) {
   if (single < run.count) run.global[single] = run.shared[single];
   if (lane == 0) {
     const uint32 bytes = run.middle * static_cast<uint32>(sizeof(T));
-    if (bytes > 0) ptx::bulk_store(run.global + run.head, run.shared + run.head, bytes);
+    if (bytes > 0) ptx::bulk_store(run.global + run.first, run.shared + run.first, bytes);
     ptx::bulk_store_commit();
   }
 }

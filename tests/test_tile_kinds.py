@@ -5,7 +5,7 @@ g++ takes most of the time, once for every tile: hence not every geometry in eve
 
 from __future__ import annotations
 
-from itertools import cycle
+from itertools import cycle, product
 
 import numpy as np
 import oracle
@@ -37,8 +37,10 @@ def fields(tile, *names):
         ("float32", (17, 90, 7, 6), (90, 1, 3, 3), {"padding": 1}),
         ("bfloat16", (3, 4, 37, 22), (8, 1, 3, 2), {"padding": ((1, 0), (2, 1)), "stride": (2, 1)}),
         ("float64", (2, 3, 40, 31), (3, 1, 2, 3), {"padding": 2, "dilation": (2, 3)}),
+        ("bfloat16", (3, 4, 23, 33), (4, 1, 3, 3), {"padding": ((5, 4), (3, 8)), "dilation": 4}),
+        ("float32", (3, 4, 23, 32), (8, 1, 3, 3), {"stride": (2, 1), "padding": ((5, 4), (4, 0)), "dilation": (3, 4)}),
     ],
-    ids=["small_planes", "strided", "dilated"],
+    ids=["small_planes", "strided", "dilated", "pairs", "pairs_strided"],
 )
 def test_runs(device, rng, dtype, x_shape, w_shape, numbers):
     """Pieces of planes and several planes; blocks that go through images in turn, two of them under way at once."""
@@ -56,6 +58,8 @@ def test_runs(device, rng, dtype, x_shape, w_shape, numbers):
         yield "images", tile.block_images, tile.block_planes > 1
         yield "rows", tile.block_rows < g.P, g.P % tile.block_rows > 0
         yield "patch", patch.whole_rows, patch.vector, patch.out_vector
+        yield "pairs", patch.paired and patch.columns
+        yield "padding", patch.whole_rows, patch.whole_columns
 
     chosen = list(each_kind_once(choices, kinds))
     assert {tile.block_images for tile in chosen} == {1, 2, 4} & {n for n in (1, 2, 4) if n <= g.N}
@@ -86,13 +90,35 @@ def test_runs_of_dgrad(device, rng, dtype, x_shape, w_shape, numbers):
     ]
 
     def kinds(tile):
-        yield tile.patch.whole_rows, tile.block_planes > 1, tile.block_rows < g.H, tile.stages
+        patch = tile.patch
+        yield patch.whole_rows, tile.block_planes > 1, tile.block_rows < g.H, tile.stages
+        yield "padding", patch.whole_rows, patch.whole_columns
 
     chosen = list(each_kind_once(choices, kinds))
     assert len(chosen) >= 6
     for tile in chosen:
         dx = device.launch(runs.tile_plan(as_forward, dtype, tile, turned=True), dy, w, None, x_shape)
         oracle.assert_dgrad_within_bound(dx, dy, w, **numbers_of(g))
+
+
+@pytest.mark.parametrize("whole", list(product((False, True), repeat=2)), ids=str)
+def test_runs_with_infinite_weights(device, rng, whole):
+    """Taps that are known to fall into the padding are passed over only while weights are finite."""
+    g = depthwise_geometry((2, 5, 6, 7), (10, 1, 3, 5), padding=((1, 2), (2, 1)))
+    x, w, bias = oracle.random_arrays(rng, g.x_shape, g.w_shape, "float32")
+    w[1, 0, 0, 2], w[3, 0, 2, 0], w[4, 0, 1, 4], w[8, 0, 2, 4] = np.inf, -np.inf, np.nan, np.inf
+    exact = oracle.convolve(x, w, bias, **numbers_of(g))
+    tile = next(
+        tile
+        for patch in runs.patches(g, "float32", aligned=True)
+        for tile in runs.tiles(g, "float32", patch, device.target.shared_per_block // 2)
+        if (patch.whole_rows, patch.whole_columns) == whole
+    )
+    y = device.launch(runs.tile_plan(g, "float32", tile), x, w, bias, g.y_shape)
+    for kind in (np.isnan, np.isposinf, np.isneginf):
+        np.testing.assert_array_equal(kind(y), kind(exact))
+    finite = np.isfinite(exact)
+    np.testing.assert_allclose(y[finite], exact[finite], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

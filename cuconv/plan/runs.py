@@ -30,10 +30,13 @@ _ROWS = (16, 14, 8, 7, 6, 4, 2, 1)
 _COLUMNS = (4, 2, 1)
 # Of rows without vectors, too: with odd numbers, the lanes of a scalar load meet different banks of shared memory.
 _UNALIGNED_COLUMNS = (7, 5, 3, 4, 2, 1)
+_PAIRED_COLUMNS = (6, 4, 2, 1)
 # Rows of up to this many outputs may be one thread's.
 _MAX_WIDTH = 16
 # Sums, weights and one row of input that a thread may hold, in registers: beyond, the compiler spills.
 _MAX_VALUES = 128
+# Columns left of x that pairs are loaded from before they are masked lie in the results' shared memory.
+_MASKED_BYTES = 128
 _THREADS = (128, 64, 256)
 _IMAGES = (1, 2, 4)
 # Patches of a block one below the other; as many as the plane has, too.
@@ -66,13 +69,23 @@ class Patch:
     stride: Pair
     spread: Spread
     spacing: Pair
+    dilated: bool
     vector: int
     out_vector: int
+    # Whether it spans rows, and columns, from end to end, so that what falls outside is known when it is compiled.
     whole_rows: bool
+    whole_columns: bool
+    # Whether, of dilated columns, every two are neighbours.
+    paired: bool
     # By a rough count, an output: issue slots, and passes over the banks of shared memory.
     slots: float
     passes: float
     registers: int
+
+    @property
+    def column_group(self) -> int:
+        """Columns that are patched together, a patch for each beginning."""
+        return self.spacing[1] * self.columns // (2 if self.paired else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +204,14 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("SPREAD_W", patch.spread.by[1]),
             ("FIRST_H", patch.spread.first[0]),
             ("FIRST_W", patch.spread.first[1]),
-            ("DILATED", int(g.dilation != (1, 1))),
+            ("DILATED", int(patch.dilated)),
             ("VECTOR", patch.vector),
             ("OUT_VECTOR", patch.out_vector),
             ("LEFT", g.padding[1][0] if patch.whole_rows else g.padding[1][0] % patch.vector),
             ("WIDTH", g.W if patch.whole_rows else 0),
+            ("TOP", g.padding[0][0] if patch.whole_columns else 0),
+            ("HEIGHT", g.H if patch.whole_columns else 0),
+            ("PAIRED", int(patch.paired)),
         ),
         grid=grid,
         block=tile.threads,
@@ -211,7 +227,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("items_magic", magic(tile.row_items * tile.column_items)),
             ("column_items_magic", magic(tile.column_items)),
             ("spacing_h_magic", magic(patch.spacing[0])),
-            ("spacing_w_magic", magic(patch.spacing[1])),
+            ("spacing_w_magic", magic(patch.spacing[1] // (2 if patch.paired else 1))),
             # Without a magic number for it, every output plane of an image is a channel.
             ("K_magic", magic(g.K) if image_planes > g.K else 0),
             ("image_planes", image_planes),
@@ -261,8 +277,11 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
     # Of a spread x, every patch has whole spreads.
     (by_h, by_w), (first_h, first_w) = spread.by, spread.first
     summed = _summed(g)
+    # Rows and columns whole dilations apart have the same place in a pair.
+    pairable = dilated and size <= 4 and summed == 1 and g.stride[1] == 1 and g.dilation[1] % 2 == 0
+    pairable = pairable and g.dilation[0] * g.W % 2 == 0 and (g.padding[1][0] + 1) * size <= _MASKED_BYTES
     unaligned = not dilated and of_x == 1
-    choices = _UNALIGNED_COLUMNS if unaligned else _COLUMNS
+    choices = _UNALIGNED_COLUMNS if unaligned else _PAIRED_COLUMNS if pairable else _COLUMNS
     columns_choices = [by_w * c for c in choices if c == 1 or (stride[1] <= 2 and (by_w * c - 1) * spacing[1] < g.Q)]
     if not dilated and by_w <= g.Q <= _MAX_WIDTH and g.W <= 2 * _MAX_WIDTH and stride[1] <= 2:
         columns_choices.append(g.Q)
@@ -275,44 +294,75 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
     for columns, rows in product(dict.fromkeys(columns_choices), rows_choices):
         patch_stride = (stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1)
         whole_rows = not dilated and columns == g.Q
+        whole_columns = not dilated and rows >= g.P and g.padded
+        paired = pairable and columns % 2 == 0
         vector = of_x if whole_rows else math.gcd(of_x, columns // by_w * patch_stride[1])
         out_vector = math.gcd(of_y, columns)
         span_rows = _met((rows - 1) * patch_stride[0] + g.R, by_h, first_h)
         span = g.W if whole_rows else _met((columns - 1) * patch_stride[1] + g.S, by_w, first_w)
-        loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
+        if paired:
+            span = 2 * (columns // 2 - 1 + g.S)
+            loads = span / 2
+        else:
+            loads = span / vector if whole_rows else (span - 1) // vector + 1 + (g.padding[1][0] % vector > 0)
         words = max(1, size // 4)
         values = (rows * columns + g.R * g.S + span) * words
         if values > _MAX_VALUES:
             continue
+        loaded_rows = min(span_rows, g.H) if whole_columns else span_rows
         # Of one row: loads, what they are where they fall outside, conversions, the bounds.
-        row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
+        if paired:
+            row_slots = loads + 2 + (loads + span * size / 4 if g.padded else 0) + (span if size == 2 else 0)
+        else:
+            row_slots = loads + 2 + (loads + 1 + span / 2 if g.padded else 0) + (1.5 * span if size == 2 else 0)
         if summed > 1:
             row_slots = summed * (row_slots + 2 * g.R * g.S / span_rows)  # the weights of every channel, once a patch
-        stores = (1 + size / 4 if size < 4 else 1) * columns / out_vector + (columns if size == 2 else 0) + 2
-        slots = (row_slots * span_rows + rows * stores + 30) / (rows * columns)
-        slots += summed * g.R * g.S * words / (by_h * by_w)
+        stored = columns / out_vector
+        stores = (1 + size / 4 if size < 4 else 1) * stored + (columns if size == 2 else 0) + 2
+        slots = (row_slots * loaded_rows + rows * stores + 30) / (rows * columns)
+        products_h = _products(rows, patch_stride[0], g.R, by_h, first_h, g.padding[0][0], g.H if whole_columns else 0)
+        products_w = _products(columns, patch_stride[1], g.S, by_w, first_w, g.padding[1][0], g.W if whole_rows else 0)
+        slots += summed * products_h * products_w * words / (rows * columns)
         # Lanes are so many elements apart.
         if whole_rows:
-            apart, apart_out = rows // by_h * g.stride[0] * g.W, rows * g.Q
+            between, between_out = rows // by_h * g.stride[0] * g.W, rows * g.Q
         elif dilated:
-            apart, apart_out = 1, 1
+            between, between_out = (2, 2) if paired else (1, 1)
         else:
-            apart, apart_out = columns // by_w * patch_stride[1], columns
-        load_passes = summed * loads * span_rows * bank_passes(apart * size, vector * size)
-        store_passes = rows * columns / out_vector * bank_passes(apart_out * size, out_vector * size)
+            between, between_out = columns // by_w * patch_stride[1], columns
+        load_passes = summed * loads * loaded_rows * bank_passes(between * size, (2 if paired else vector) * size)
+        store_passes = rows * stored * bank_passes(between_out * size, out_vector * size)
         yield Patch(
             rows=rows,
             columns=columns,
             stride=patch_stride,
             spread=spread,
-            spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
+            spacing=(spacing[0] if rows > 1 else 1, _column_spacing(spacing[1], columns, paired)),
+            dilated=dilated,
             vector=vector,
             out_vector=out_vector,
             whole_rows=whole_rows,
+            whole_columns=whole_columns,
+            paired=paired,
             slots=slots,
             passes=(load_passes + store_passes) / (rows * columns),
             registers=min(255, int(1.7 * values) + 49),
         )
+
+
+def _column_spacing(spacing: int, columns: int, paired: bool) -> int:
+    """Of a single column or pair, its own width."""
+    alone = 2 if paired else 1
+    return spacing if columns > alone else alone
+
+
+def _products(outputs: int, stride: int, taps: int, by: int, first: int, before: int, extent: int) -> float:
+    """How many products a row of outputs is made of along one axis; of those that meet x alone where its extent, and
+    what lies before it, are known, and 0 stands for any extent."""
+    if not extent:
+        return outputs * taps / by
+    met = (output * stride + tap - first for output in range(outputs) for tap in range(taps))
+    return sum(place % by == 0 and 0 <= place // by - before < extent for place in met)
 
 
 def _met(taps: int, by: int, first: int) -> int:
@@ -332,13 +382,15 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
     reach = [(kernel - 1) * dilation + 1 for kernel, dilation in zip((g.R, g.S), g.dilation, strict=True)]
     (by_h, by_w), (first_h, first_w) = patch.spread.by, patch.spread.first
     # Rows and columns that are patched together: a patch for each of `spacing` beginnings.
-    group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
-    column_groups = -(-g.Q // group_columns)
-    column_items = column_groups * patch.spacing[1]
+    group_rows, group_columns = patch.rows * patch.spacing[0], patch.column_group
+    # Pairs may start a column before the row.
+    column_groups = -(-(g.Q + patch.paired) // group_columns)
+    column_items = column_groups * group_columns // patch.columns
     # Columns that a thread may look at behind the last row, though it may not store what comes of them.
     overhang = 2 * patch.vector
-    if not g.padded:
-        overhang += max(0, _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.W)
+    if patch.paired or not g.padded:
+        last = _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.padding[1][0]
+        overhang += max(0, last - g.W)
     all_groups = -(-g.P // group_rows)
     for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
         block_rows = min(g.P, groups * group_rows)
