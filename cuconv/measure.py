@@ -287,10 +287,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 # Time.
 
-# Shorter launches than this cannot be told from the events around them.
-_SHORT_MS = 0.05
-_LAUNCHES_IN_GRAPH = 100
-_MOST_REPEATS, _FEWEST_REPEATS, _TOTAL_MS = 50, 7, 200.0
+# Of a graph that is timed: launches that take so long together, but not more of them than this.
+_GRAPH_MS, _MOST_LAUNCHES = 5.0, 100
+_MOST_REPEATS, _FEWEST_REPEATS, _TOTAL_MS = 50, 7, 100.0
 
 Capture = Callable[[Callable[[], None]], Callable[[], Any]]
 
@@ -310,7 +309,7 @@ def cupy_graph(record: Callable[[], None]) -> Callable[[], Any]:
 
 
 class Timer:
-    """Times launches on a stream of its own: CUDA events, the L2 cache cold, medians.
+    """Times launches on a stream of its own: many in turn in one CUDA graph, the L2 cache cold, medians.
 
     Use it as a context, within which its stream is CuPy's current one. What is timed must be launched on that stream,
     be it by CuPy or by another framework, and launch(i) must work on the i-th of `buffers` sets of inputs and outputs.
@@ -321,9 +320,6 @@ class Timer:
 
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._l2_bytes: int = cupy.cuda.Device().attributes["L2CacheSize"]
-        with self.stream:
-            # Writing it takes long enough, about 0.1 ms, for the host to queue the launch that follows.
-            self._flush = cupy.empty(max(2**29, 4 * self._l2_bytes) // 4, np.float32)
 
     def __enter__(self) -> Timer:
         self.stream.__enter__()
@@ -333,21 +329,21 @@ class Timer:
         self.stream.__exit__(*exception)
 
     def buffers(self, bytes_of_launch: int) -> int:
-        """How many sets of buffers exceed the L2 cache four times."""
-        return -(-4 * self._l2_bytes // bytes_of_launch)
+        """How many sets of buffers, two or more, exceed the L2 cache four times."""
+        return max(2, -(-4 * self._l2_bytes // bytes_of_launch))
 
     def ms(self, launch: Callable[[int], Any], buffers: int, capture: Capture = cupy_graph) -> float:
-        """The time of one launch.
+        """The time of one launch, of many over all buffers in turn, in one CUDA graph of whose time each has its part.
 
-        A launch of 50 us or more is timed between two events, after the cache was filled with other data. Shorter ones
-        are captured, at least a hundred over all buffers in turn, in one CUDA graph, of whose time each has its part.
+        The cache is cold, since the sets of buffers exceed it; and what a launch leaves there to be written to memory,
+        the next one waits for, so that every launch pays for as much as it writes. Events around every single launch,
+        after the cache was filled with other data, would charge it for writing these back, 8 us on an H200, and for
+        starting alone.
         """
         launch(0)
         launch(buffers - 1)
-        milliseconds = self._median(launch, buffers, 3)
-        if milliseconds >= _SHORT_MS:
-            return self._median(launch, buffers, self._repeats(milliseconds))
-        launches = buffers * -(-_LAUNCHES_IN_GRAPH // buffers)
+        rough = self._median(launch, buffers, 3)
+        launches = buffers * -(-min(_MOST_LAUNCHES, max(2, round(_GRAPH_MS / rough))) // buffers)
 
         def record() -> None:
             for i in range(launches):
@@ -355,11 +351,14 @@ class Timer:
 
         replay = capture(record)
         replay()
-        return self._median(lambda _: replay(), 1, self._repeats(milliseconds * launches)) / launches
+        return self._median(lambda _: replay(), 1, self._repeats(rough * launches)) / launches
 
     @cached_property
     def copy_bandwidth(self) -> float:
-        """Bytes a second, read and written, of a device-to-device copy of 1.5 GiB; measured once."""
+        """Bytes a second, read and written, of a device-to-device copy of 1.5 GiB; measured once.
+
+        By events: captured in a graph, the same copy takes a third longer.
+        """
         import cupy
 
         source = random_array((3 * 2**27,), "float32", 0, cupy)
@@ -368,7 +367,7 @@ class Timer:
         def copy(_: int) -> None:
             target.data.copy_from_device_async(source.data, source.nbytes, self.stream)
 
-        return 2.0 * int(source.nbytes) / (self.ms(copy, 1) / 1000)
+        return 2.0 * int(source.nbytes) / (self._median(copy, 1, _MOST_REPEATS) / 1000)
 
     @staticmethod
     def _repeats(milliseconds: float) -> int:
@@ -380,7 +379,6 @@ class Timer:
 
         events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in range(repeats)]
         for i, (start, stop) in enumerate(events):
-            self._flush.fill(1 + i)
             start.record(self.stream)
             launch(i % buffers)
             stop.record(self.stream)

@@ -30,11 +30,11 @@ def last_block_alone(monkeypatch):
     forget_kernels()
 
 
-def zeros_with_a_random_end(rng, shape):
+def zeros_with_a_random_end(rng, shape, count=8 * 8 * 2000):
     """Pages that nobody writes take no memory."""
     array = np.zeros(shape, np.float16)
     assert array.size > 2**31
-    end = array.reshape(-1)[-8 * 8 * 2000 :]
+    end = array.reshape(-1)[-count:]
     end[...] = rng.standard_normal(end.shape)
     return array.view(hostcuda.cupy_twin.ndarray)
 
@@ -106,6 +106,34 @@ def test_the_last_block_of_a_large_channels_last_dgrad(large_channels_last, vari
     np.testing.assert_array_equal(np.asarray(dx[-1, -8:, -1, -1]), exact.astype(np.float16))
 
 
+# Of dy, few enough for the last block of every variant to take them all.
+WGRAD_END = 64
+
+
+def assert_last_dw(dy, x, variant):
+    """Of the last channel's kernel of 2 x 1 the last tap, which meets x where dy is; blocks that do not run would leave
+    sums of zero."""
+    workspace = np.zeros(2**28, np.uint8).view(hostcuda.cupy_twin.ndarray)
+    w_shape, padding = (x.shape[1], 1, 2, 1), ((1, 0), (0, 0))
+    with plan.variant(variant):
+        dw = cuconv.depthwise_conv2d_wgrad(dy, x, w_shape, padding=padding, workspace=workspace)
+    last = (np.asarray(a[-4:, -1:, -8:]) for a in (dy, x))
+    oracle.assert_wgrad_within_bound(np.asarray(dw[-1:, :, 1:]), None, *last)
+
+
+@pytest.mark.parametrize("variant", ["direct", "runs"])
+def test_the_last_block_of_a_large_wgrad(large, rng, variant):
+    x, _ = large
+    assert_last_dw(zeros_with_a_random_end(rng, x.shape, WGRAD_END), x, variant)
+
+
+@pytest.mark.parametrize("variant", ["direct", "channels_last"])
+def test_the_last_block_of_a_large_channels_last_wgrad(large_channels_last, rng, variant):
+    x, _ = large_channels_last
+    N, C, H, W = x.shape
+    assert_last_dw(zeros_with_a_random_end(rng, (N, H, W, C), WGRAD_END).transpose(0, 3, 1, 2), x, variant)
+
+
 @pytest.mark.parametrize("variant", ["direct", "runs"])
 def test_more_than_2_to_the_31_elements_on_a_gpu(gpu, rng, variant):
     cupy = gpu.module
@@ -126,3 +154,11 @@ def test_more_than_2_to_the_31_elements_on_a_gpu(gpu, rng, variant):
         part = gpu.host(x[image, channel])[None, None]
         result = gpu.host(dx[image, channel])[None, None]
         oracle.assert_dgrad_within_bound(result, part, w[channel : channel + 1], padding=((1, 1), (1, 1)))
+    # So that float16 holds sums of two million products.
+    y *= y.dtype.type(2.0**-8)
+    with plan.variant(variant):
+        dw, dbias = cuconv.depthwise_conv2d_wgrad(y, x, w.shape, padding=1, bias=True)
+    for channel in (0, 1000, 1023):
+        dy, part = (gpu.host(a[:, channel])[:, None] for a in (y, x))
+        gradients = (gpu.host(a[channel : channel + 1]) for a in (dw, dbias))
+        oracle.assert_wgrad_within_bound(*gradients, dy, part, padding=((1, 1), (1, 1)))

@@ -317,7 +317,7 @@ def test_timer_on_a_gpu() -> None:
         pytest.skip("needs a GPU")
     with measure.Timer() as timer:
         assert 1e10 < timer.copy_bandwidth < 1e14
-        for size in (2**10, 2**28):  # in a graph, and one by one
+        for size in (2**10, 2**28):  # many in a graph, and few
             arrays = [cupy.ones(size, np.float32) for _ in range(3)]
 
             def launch(i: int, arrays: list = arrays) -> None:

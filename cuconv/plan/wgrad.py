@@ -232,7 +232,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
     grid = (slabs, -(-g.K // tile.block_planes), 1)
     if units > 2**31 - 1 or any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"{grid} blocks are more than one launch can count")
-    exact = g.P % (patch.rows * patch.spacing[0]) == 0 and g.Q % (patch.columns * patch.spacing[1]) == 0
     sums = Plan(
         source="depthwise_wgrad_runs",
         defines=(
@@ -243,7 +242,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("FINAL", int(slabs == 1)),
             ("PADDED", int(g.padded)),
             ("MULTIPLIED", int(g.multiplier > 1)),
-            ("EXACT", int(exact)),
+            ("EXACT", int(_exact(g, patch))),
             ("THREADS", tile.threads),
             ("BLOCKS", _resident(g, dtype, bias, target, tile)),
             ("STAGES", tile.stages),
@@ -283,6 +282,11 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
         ),
     )
     return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+
+
+def _exact(g: Conv2dGeometry, patch: Patch) -> bool:
+    """Whether patches end where dy does."""
+    return g.P % (patch.rows * patch.spacing[0]) == 0 and g.Q % (patch.columns * patch.spacing[1]) == 0
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
@@ -394,21 +398,17 @@ def tiles_of_runs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, ali
                         yield from _slabs(g, dtype, bias, target, tile)
 
 
-def _blocks_held(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile, registers: float) -> int:
-    """Blocks that a multiprocessor holds at once, of so many registers a thread."""
+def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> int:
+    """Blocks that a multiprocessor holds at once, of the registers that a patch is allowed: the compiler is held to
+    them."""
     return max(
         1,
         min(
             target.shared_per_multiprocessor // (_shared_bytes(g, dtype, bias, tile) + SHARED_RESERVE),
             2048 // tile.threads,
-            int(65536 / (registers * tile.threads)),
+            65536 // (tile.patch.registers * tile.threads),
         ),
     )
-
-
-def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> int:
-    """The same of the registers that a patch is allowed, which the compiler is held to."""
-    return _blocks_held(g, dtype, bias, target, tile, tile.patch.registers)
 
 
 def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Iterator[Tile]:
@@ -421,10 +421,10 @@ def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile
 
 
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:
-    """What ranks tiles: the time of a launch in ninths of a multiprocessor's clock.
+    """What ranks tiles: the time of a launch, up to a factor.
 
-    The weights were fitted to the times of 3,000 tiles (14 cases in float32 and float16 on an H200): of those measured,
-    the tile of least cost takes 4 % longer than the fastest on average, and at most 25 %.
+    The weights were fitted to the times of 4,300 tiles (15 cases in float32 and float16 on an H200): of those measured,
+    the tile of least cost takes 2 % longer than the fastest on average, and at most 9 %.
     """
     size, patch = DTYPES[dtype][1], tile.patch
     elements = tile.block_planes * tile.block_rows * g.Q
@@ -439,22 +439,25 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     needed = (tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
     halo = 1.0 if row_units == 1 else needed / (tile.block_rows * g.stride[0])
     # Every scheduler has so many warps to choose from: few of them leave it waiting.
-    resident = _blocks_held(g, dtype, bias, target, tile, 44 + 0.27 * (patch.registers - 44))
+    resident = _resident(g, dtype, bias, target, tile)
     filled = slabs * -(-g.K // tile.block_planes) / target.multiprocessors
     active = min(resident, filled)
-    busy = 1 - math.exp(-0.8 * active * tile.threads / 128)
+    busy = 1 - math.exp(-0.77 * active * tile.threads / 128)
     # A unit's work whatever it holds; the sums in the end, which are added across threads where several share a plane.
     entries = g.R * g.S + bias
     plane_threads = items if tile.block_planes > 1 else tile.threads
     added = entries * (tile.threads + (plane_threads > 1) * tile.block_planes * plane_threads)
-    once = (0.32 * added + 79 * tile.threads) / (elements * block_units)
-    issue = (patch.slots * idle + 257 * tile.threads / elements + once + 0.5 * patch.passes * idle) / 128
+    once = (106 * added + 134 * tile.threads) / (elements * block_units)
+    # Bounds, where a patch may reach beyond its unit.
+    slots = patch.slots + (0 if _exact(g, patch) else 9.4)
+    issue = (slots * idle + 43 * tile.threads / elements + once + 0.48 * patch.passes * idle) / 128 / busy
     moved = (halo * g.x_size / g.y_size + 1) * size
     if slabs > 1:
         moved += 8 * entries * tile.block_planes / (elements * block_units)
-    latency = 352 / (active * elements)
+    # The less is on its way to a multiprocessor, the longer it takes.
+    memory = 10.4 / 18 * moved * (1 + 140 / (active * _shared_bytes(g, dtype, bias, tile)))
     # Some multiprocessors have a block more than others.
     uneven = math.ceil(filled) / filled if filled < resident else math.ceil(filled / resident) * resident / filled
-    time = (issue / busy + 0.5 * moved + latency) * (1 + 0.5 * (uneven - 1))
+    time = max(issue, memory) + 2.6 * min(issue, memory) + 61 / (active * elements)
     # Another launch takes 2.5 us.
-    return time * g.y_size / target.multiprocessors + 40_000 * (slabs > 1)
+    return time * (1 + 0.064 * (uneven - 1)) * g.y_size / target.multiprocessors + 8_000 * (slabs > 1)
