@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -123,8 +123,19 @@ _Tile = TypeVar("_Tile")
 
 def axis(choices: Iterable[Any], behind: int) -> Any:
     """Choices as an array's first axis, before so many others."""
-    along = np.asarray(choices if isinstance(choices, np.ndarray) else list(choices), np.int64)
+    along = np.array(list(choices), np.int64)
     return along.reshape(along.shape + (1,) * behind)
+
+
+def stack(tiles: Sequence[_Tile], behind: int) -> _Tile:
+    """The table of these, some at least, on one axis before so many others."""
+
+    def column(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], tuple):
+            return tuple(column(of_one) for of_one in zip(*values, strict=True))
+        return np.array(values).reshape((-1,) + (1,) * behind)
+
+    return type(tiles[0])(*(column([getattr(t, field.name) for t in tiles]) for field in fields(tiles[0])))  # type: ignore[arg-type]
 
 
 def tile_at(table: _Tile, index: Any) -> _Tile:
@@ -139,15 +150,17 @@ def tile_at(table: _Tile, index: Any) -> _Tile:
 
 def those_of(table: _Tile, fits: Any, behind: int = 0) -> _Tile:
     """The table of those tiles that fit, on one axis before so many others."""
-    return _of_arrays(table, lambda array: axis(np.broadcast_to(array, fits.shape)[fits], behind))
+    return _of_arrays(table, lambda array: np.broadcast_to(array, fits.shape)[fits].reshape((-1,) + (1,) * behind))
 
 
 def _of_arrays(table: _Tile, function: Callable[[Any], Any]) -> _Tile:
-    """The same with every array, on its own or in a pair, replaced by a function of it."""
+    """The same with every array, of a pair or of a part of the tile too, replaced by a function of it."""
 
     def value(of_all: Any) -> Any:
         if isinstance(of_all, tuple):
             return tuple(value(of_one) for of_one in of_all)
+        if is_dataclass(of_all):
+            return _of_arrays(of_all, function)
         return function(of_all) if isinstance(of_all, np.ndarray) else of_all
 
     return type(table)(*(value(getattr(table, field.name)) for field in fields(table)))  # type: ignore[arg-type]
@@ -161,5 +174,7 @@ def each_of(table: _Tile, fits: Any) -> Iterator[_Tile]:
 
 def cheapest_of(table: _Tile, fits: Any, cost: Any) -> _Tile | None:
     """The tile of least cost of those that fit, the first one of equals."""
+    if not fits.any():
+        return None
     ranked = np.where(fits, cost, np.inf)
-    return tile_at(table, np.unravel_index(ranked.argmin(), ranked.shape)) if fits.any() else None
+    return tile_at(table, np.unravel_index(ranked.argmin(), ranked.shape))
