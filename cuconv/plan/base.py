@@ -121,7 +121,7 @@ _Tile = TypeVar("_Tile")
 # of a shape waits for that. As one "tile" whose fields are arrays, an axis for every choice, they take about one.
 
 
-def axis(choices: Iterable[Any], behind: int) -> Any:
+def axis_of(choices: Iterable[Any], behind: int) -> Any:
     """Choices as an array's first axis, before so many others."""
     along = np.array(list(choices), np.int64)
     return along.reshape(along.shape + (1,) * behind)
@@ -133,6 +133,8 @@ def stack(tiles: Sequence[_Tile], behind: int) -> _Tile:
     def column(values: Sequence[Any]) -> Any:
         if isinstance(values[0], tuple):
             return tuple(column(of_one) for of_one in zip(*values, strict=True))
+        if is_dataclass(values[0]):
+            return stack(values, behind)
         return np.array(values).reshape((-1,) + (1,) * behind)
 
     return type(tiles[0])(*(column([getattr(t, field.name) for t in tiles]) for field in fields(tiles[0])))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
-    axis,
+    axis_of,
     each_of,
     plane_parameters,
     require_nchw,
@@ -169,10 +169,10 @@ def _table(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> tupl
     shapes = [
         (*shape, chunk) for shape, chunk in product(_SHAPES, _CHUNKS) if chunk <= _CHUNKS[-1] or g.S > _CHUNKS[-1]
     ]
-    rows, columns, chunk = axis(zip(*shapes, strict=True), 4)
-    column_items = axis((_band_items(-(-g.Q // columns)) for _, columns, _ in shapes), 3)
-    row_items = axis((_band_items(-(-g.P // rows)) for rows, _, _ in shapes), 2)[:, None]
-    threads, parts = axis(_THREADS, 1), axis((2, 1), 0)
+    rows, columns, chunk = axis_of(zip(*shapes, strict=True), 4)
+    column_items = axis_of((_band_items(-(-g.Q // columns)) for _, columns, _ in shapes), 3)
+    row_items = axis_of((_band_items(-(-g.P // rows)) for rows, _, _ in shapes), 2)[:, None]
+    threads, parts = axis_of(_THREADS, 1), axis_of((2, 1), 0)
     items = row_items * column_items
     vector: Any = np.where(column_items > 1, np.gcd(columns, widest), widest)
     most = np.minimum(threads // items, g.N * g.K)

@@ -19,7 +19,7 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
-    axis,
+    axis_of,
     cheapest_of,
     each_of,
     magic,
@@ -223,10 +223,10 @@ def _table(g: Conv2dGeometry, aligned: bool, budget: int) -> tuple[Tile, Any]:
     needed = (g.Q - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1 + window.phase
     overhang = (segments - 1) * _SEGMENT * g.stride[1] + window.steps * _STEP
     columns = max(g.W + window.lead, needed - max(0, window.lead))
-    pieces = axis(_pieces(g, spacing, columns, budget), 4).reshape(-1, 5, 1, 1, 1, 1)
+    pieces = axis_of(_pieces(g, spacing, columns, budget), 4).reshape(-1, 5, 1, 1, 1, 1)
     rows, block_rows, row_items, layout_rows, input_rows = pieces.swapaxes(0, 1)
     pitch, plane_pitch, passes = _pitches(g, columns, layout_rows, row_items, segments, rows, spacing)
-    planes, images, turns, warps = axis(_PLANES, 3), axis(_IMAGES, 2), axis(_TURNS, 1), axis(_WARPS, 0)
+    planes, images, turns, warps = axis_of(_PLANES, 3), axis_of(_IMAGES, 2), axis_of(_TURNS, 1), axis_of(_WARPS, 0)
     # Output planes that begin in the midst of an input plane's may need one input plane more.
     inputs = np.minimum(planes, (planes - 2) // g.multiplier + 2)
     layout = ((inputs * images - 1) * plane_pitch + (layout_rows - 1) * pitch + np.maximum(pitch, overhang)) * _SIZE

@@ -23,7 +23,7 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
-    axis,
+    axis_of,
     cheapest_of,
     each_of,
     magic,
@@ -384,7 +384,12 @@ def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
     group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
     column_items = -(-g.Q // group_columns) * patch.spacing[1]
     all_groups = -(-g.P // group_rows)
-    some_groups, threads, parts, stages = axis(_GROUPS, 3), axis(_THREADS, 2), axis((4, 2, 1), 1), axis(_STAGES, 0)
+    some_groups, threads, parts, stages = (
+        axis_of(_GROUPS, 3),
+        axis_of(_THREADS, 2),
+        axis_of((4, 2, 1), 1),
+        axis_of(_STAGES, 0),
+    )
     groups = np.concatenate((np.minimum(some_groups, all_groups), all_groups), axis=1)
     block_rows = np.minimum(g.P, groups * group_rows)
     row_items: Any = groups * patch.spacing[0]
@@ -430,7 +435,7 @@ def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile
     units = g.N * -(-g.P // tile.block_rows)
     groups = -(-g.K // tile.block_planes)
     blocks = target.multiprocessors * _resident(g, dtype, bias, target, tile)
-    some = np.maximum(1, np.minimum(units, blocks // axis((1, 2), 0) // groups))
+    some = np.maximum(1, np.minimum(units, blocks // axis_of((1, 2), 0) // groups))
     slabs: Any = np.concatenate((np.ones_like(units), some), axis=1)
     return replace(tile, slabs=slabs), np.ones(slabs.shape, bool)
 

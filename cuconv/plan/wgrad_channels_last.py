@@ -18,7 +18,7 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
-    axis,
+    axis_of,
     cheapest_of,
     each_of,
     plane_parameters,
@@ -160,9 +160,9 @@ def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
     spanning = [n for n in columns_choices if n * spacing[1] >= g.Q]
     columns_choices = [n for n in columns_choices if n not in spanning[:-1]]
     vector, columns, depth = (
-        axis([n for n in (8, 4, 2, 1) if widest % n == 0], 2),
-        axis(columns_choices, 1),
-        axis(_DEPTHS, 0),
+        axis_of([n for n in (8, 4, 2, 1) if widest % n == 0], 2),
+        axis_of(columns_choices, 1),
+        axis_of(_DEPTHS, 0),
     )
     stride_w: Any = np.where(columns > 1, stride[1], 1)
     spacing_w: Any = np.where(columns > 1, spacing[1], 1)
@@ -199,7 +199,7 @@ def _fits(tile: Tile, g: Conv2dGeometry, bias: bool, size: int) -> Any:
 def _blocks(g: Conv2dGeometry, tile: Tile, size: int) -> tuple[Tile, Any]:
     """The tiles with the vectors of channels, and strips, of a block, on two more axes; and which there are."""
     groups = g.K // tile.vector
-    most, halvings = axis(_MOST_THREADS, 1), axis(range(_HALVINGS + 1), 0)
+    most, halvings = axis_of(_MOST_THREADS, 1), axis_of(range(_HALVINGS + 1), 0)
     of_block = -(-groups // (-(-groups // most) << halvings))
     strips = np.minimum(most // of_block, g.N * _extents(g, tile)[0])
     fits = (halvings == 0) | (of_block * tile.vector * size >= _LEAST_BYTES)
