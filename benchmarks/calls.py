@@ -28,7 +28,7 @@ FIRST_CALLS = (
     ("mbv1_s2", "dgrad", "float32"),
     ("eff5", "wgrad", "bfloat16"),
 )
-_HOST_CALLS = 2000
+_ROUNDS, _ROUND_CALLS = 60, 200
 
 
 def first_calls() -> list[dict[str, Any]]:
@@ -78,14 +78,14 @@ def _calls(x: Any, w: Any, dy: Any, options: dict[str, Any]) -> dict[str, Callab
 
 
 def _host_us(call: Callable[[], Any], synchronize: Callable[[], Any]) -> float:
-    """The best of some rounds, since others may have had the processor in the meantime."""
+    """The best of many rounds: others may have had the processor, and its clock goes up and down by half."""
     rounds = []
-    for _ in range(6):
+    for _ in range(_ROUNDS):
         synchronize()
         start = time.perf_counter()
-        for _ in range(_HOST_CALLS // 10):
+        for _ in range(_ROUND_CALLS):
             call()
-        rounds.append((time.perf_counter() - start) / (_HOST_CALLS // 10))
+        rounds.append((time.perf_counter() - start) / _ROUND_CALLS)
     return 1e6 * min(rounds)
 
 

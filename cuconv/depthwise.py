@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from . import interop, kernels, plan, reference
-from .geometry import check_dtypes, check_out, check_shape, depthwise_geometry, pair_argument, shape_argument
+from .geometry import (
+    Conv2dGeometry,
+    check_dtypes,
+    check_out,
+    check_shape,
+    depthwise_geometry,
+    pair_argument,
+    shape_argument,
+)
 
 
 def depthwise_conv2d(
@@ -94,15 +103,22 @@ def depthwise_conv2d(
         bias = None if bias is None else interop.contiguous(bias)
         y = interop.output(out, module, geometry.y_shape, x.dtype, geometry.channels_last)
         if geometry.N:
-            # 3. Plan.
+            # 3. Plan, and 4. kernel: found again once they are known.
             aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
-            target, forced = kernels.target(device.id), plan.forced_variant()
-            chosen = plan.depthwise_forward(geometry, dtype, target, forced, aligned)
-            # 4. Kernel.
-            kernel = kernels.load(chosen, device.id)
+            kernel = _forward_kernel(geometry, dtype, device.id, plan.forced_variant(), aligned)
             # 5. Launch.
-            kernel(x.data.ptr, w.data.ptr, 0 if bias is None else bias.data.ptr, y.data.ptr)
+            kernel(x.data.ptr, w.data.ptr, interop.address(bias), y.data.ptr)
         return interop.delivered(y, out, channels_last)
+
+
+@lru_cache(maxsize=4096)
+def _forward_kernel(
+    geometry: Conv2dGeometry, dtype: str, device_id: int, forced: str | None, aligned: bool
+) -> kernels.Kernel:
+    # 3. Plan.
+    chosen = plan.depthwise_forward(geometry, dtype, kernels.target(device_id), forced, aligned)
+    # 4. Kernel.
+    return kernels.load(chosen, device_id)
 
 
 def depthwise_conv2d_dgrad(
@@ -182,15 +198,22 @@ def depthwise_conv2d_dgrad(
         dy, w = interop.contiguous(dy, geometry.channels_last), interop.contiguous(w)
         dx = interop.output(out, module, geometry.x_shape, dy.dtype, geometry.channels_last)
         if geometry.N:
-            # 3. Plan.
+            # 3. Plan, and 4. kernel: found again once they are known.
             aligned = (dy.data.ptr | dx.data.ptr) % plan.VECTOR_BYTES == 0
-            target, forced = kernels.target(device.id), plan.forced_variant()
-            chosen = plan.depthwise_dgrad(geometry, dtype, target, forced, aligned)
-            # 4. Kernel.
-            kernel = kernels.load(chosen, device.id)
+            kernel = _dgrad_kernel(geometry, dtype, device.id, plan.forced_variant(), aligned)
             # 5. Launch.
             kernel(dy.data.ptr, w.data.ptr, 0, dx.data.ptr)
         return interop.delivered(dx, out, channels_last)
+
+
+@lru_cache(maxsize=4096)
+def _dgrad_kernel(
+    geometry: Conv2dGeometry, dtype: str, device_id: int, forced: str | None, aligned: bool
+) -> kernels.Kernel:
+    # 3. Plan.
+    chosen = plan.depthwise_dgrad(geometry, dtype, kernels.target(device_id), forced, aligned)
+    # 4. Kernel.
+    return kernels.load(chosen, device_id)
 
 
 def depthwise_conv2d_wgrad(
@@ -287,22 +310,33 @@ def depthwise_conv2d_wgrad(
         dw = interop.output(dw_out, module, geometry.w_shape, dy.dtype)
         dbias = interop.output(dbias_out, module, (geometry.K,), dy.dtype) if bias else None
         if geometry.N:
-            # 3. Plan.
+            # 3. Plan, and 4. kernels: found again once they are known.
             aligned = (dy.data.ptr | x.data.ptr) % plan.VECTOR_BYTES == 0
-            target, forced = kernels.target(device.id), plan.forced_variant()
-            chosen = plan.depthwise_wgrad(geometry, dtype, bool(bias), target, forced, aligned)
-            partials = interop.workspace(workspace, module, chosen.workspace_bytes)
-            # 4. Kernels.
-            sums = kernels.load(chosen.sums, device.id)
-            reduce = None if chosen.reduce is None else kernels.load(chosen.reduce, device.id)
+            sums, reduce, workspace_bytes = _wgrad_kernels(
+                geometry, dtype, bool(bias), device.id, plan.forced_variant(), aligned
+            )
+            partials = interop.workspace(workspace, module, workspace_bytes)
             # 5. Launch.
-            results = dw.data.ptr, 0 if dbias is None else dbias.data.ptr
-            sums(dy.data.ptr, x.data.ptr, partials.data.ptr, *results)
+            results = interop.address(partials), dw.data.ptr, interop.address(dbias)
+            sums(dy.data.ptr, x.data.ptr, *results)
             if reduce is not None:
-                reduce(partials.data.ptr, *results)
+                reduce(*results)
         else:
             for gradient in (dw, dbias):
                 if gradient is not None:
                     gradient.fill(0)
         dw = interop.delivered(dw, dw_out)
         return dw if dbias is None else (dw, interop.delivered(dbias, dbias_out))
+
+
+@lru_cache(maxsize=4096)
+def _wgrad_kernels(
+    geometry: Conv2dGeometry, dtype: str, bias: bool, device_id: int, forced: str | None, aligned: bool
+) -> tuple[kernels.Kernel, kernels.Kernel | None, int]:
+    """The kernel of the sums, that which adds those of slabs where there are several, and the workspace's bytes."""
+    # 3. Plan.
+    chosen = plan.depthwise_wgrad(geometry, dtype, bias, kernels.target(device_id), forced, aligned)
+    # 4. Kernels.
+    sums = kernels.load(chosen.sums, device_id)
+    reduce = None if chosen.reduce is None else kernels.load(chosen.reduce, device_id)
+    return sums, reduce, chosen.workspace_bytes

@@ -8,7 +8,7 @@ names the argument, what was wanted and what was given.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -44,6 +44,16 @@ class Conv2dGeometry:
     dilation: Pair
     # Whether x and y lie in memory as (N, H, W, C) and (N, P, Q, K); w always as its shape says.
     channels_last: bool = False
+
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Asked for at every call, which finds its kernel by the geometry.
+        shapes, numbers = (self.x_shape, self.w_shape), (self.stride, self.padding, self.dilation, self.channels_last)
+        object.__setattr__(self, "_hash", hash((shapes, numbers)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def multiplier(self) -> int:
@@ -88,9 +98,11 @@ def depthwise_geometry(
 
     Raises TypeError or ValueError, in words, for every input that has no such convolution.
     """
-    stride = _pair("stride", stride, minimum=1)
-    dilation = _pair("dilation", dilation, minimum=1)
-    return _depthwise_geometry(tuple(x_shape), tuple(w_shape), stride, _padding(padding), dilation, channels_last)
+    # Found again by its arguments, so that what merely compares equal to a number, such as True, must not be one.
+    if not type(stride) is type(padding) is type(dilation) is int:
+        stride, dilation = _pair("stride", stride, minimum=1), _pair("dilation", dilation, minimum=1)
+        padding = _padding(padding)
+    return _depthwise_geometry(tuple(x_shape), tuple(w_shape), stride, padding, dilation, channels_last)
 
 
 def shape_argument(name: str, shape: Any) -> tuple[int, ...]:
@@ -109,13 +121,13 @@ def pair_argument(name: str, pair: Any) -> tuple[Any, Any]:
 
 def check_dtypes(**arrays: Any) -> str:
     """The name of the one dtype of all given arrays, one of DTYPES; arrays that are None do not count."""
-    first, dtype = "", ""
+    first, dtype, given = "", "", None
     for name, array in arrays.items():
         if array is None:
             continue
-        if not dtype:
-            first, dtype = name, check_dtype(name, array)
-        elif check_dtype(name, array) != dtype:
+        if given is None:
+            first, dtype, given = name, check_dtype(name, array), array.dtype
+        elif array.dtype is not given and check_dtype(name, array) != dtype:
             raise TypeError(f"{name} must have {first}'s dtype, {dtype}, and has {array.dtype}: cast one of them first")
     return dtype
 
@@ -163,11 +175,13 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: Any) -> None:
 def _depthwise_geometry(
     x_shape: tuple[int, ...],
     w_shape: tuple[int, ...],
-    stride: Pair,
-    padding: Padding | str,
-    dilation: Pair,
+    stride: Pair | int,
+    padding: Padding | str | int,
+    dilation: Pair | int,
     channels_last: bool,
 ) -> Conv2dGeometry:
+    stride, dilation = _pair("stride", stride, minimum=1), _pair("dilation", dilation, minimum=1)
+    padding = _padding(padding)
     if len(x_shape) != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), and has {len(x_shape)}: {x_shape}")
     if len(w_shape) != 4:
@@ -221,6 +235,8 @@ def _resolve_padding(padding: Padding | str, kernel: Pair, stride: Pair, dilatio
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:
+    if type(value) is int and minimum <= value <= MAX_EXTENT:
+        return value
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, and is {value!r}")
     try:
@@ -233,8 +249,6 @@ def _integer(name: str, value: Any, minimum: int) -> int:
 
 
 def _pair(name: str, value: Any, minimum: int) -> Pair:
-    if type(value) is int and minimum <= value <= MAX_EXTENT:
-        return (value, value)
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(

@@ -19,11 +19,13 @@ def array_module(**arrays: Any) -> ModuleType:
 
     Raises TypeError for anything that is not such an array, and for a mixture of the two.
     """
+    # A cupy array can only exist once cupy is imported, so looking among the imported modules is enough.
+    cupy = sys.modules.get("cupy")
     first, owner = "", None
     for name, array in arrays.items():
         if array is None and name in OPTIONAL:
             continue
-        module = _owner(name, array)
+        module = cupy if cupy is not None and isinstance(array, cupy.ndarray) else _numpy(name, array)
         if owner is None:
             first, owner = name, module
         elif module is not owner:
@@ -61,8 +63,8 @@ def output(out: Any, module: ModuleType, shape: tuple[int, ...], dtype: Any, cha
         return out
     if channels_last:
         N, C, H, W = shape
-        return _nchw(module.empty((N, H, W, C), dtype))
-    return module.empty(shape, dtype)
+        return _nchw(module.ndarray((N, H, W, C), dtype))
+    return module.ndarray(shape, dtype)  # what cupy.empty returns, half a microsecond sooner
 
 
 def _nhwc(array: Any) -> Any:
@@ -76,9 +78,9 @@ def _nchw(array: Any) -> Any:
 
 
 def workspace(given: Any, module: ModuleType, size: int) -> Any:
-    """A CuPy array of at least `size` bytes: the one given, or a new one."""
+    """A CuPy array of at least `size` bytes: the one given, or a new one; None where none is needed or given."""
     if given is None:
-        return module.empty(size, np.uint8)
+        return module.empty(size, np.uint8) if size else None
     if not given.flags.c_contiguous:
         raise ValueError(f"workspace must be C-contiguous, and has strides {given.strides}")
     if given.data.ptr % WORKSPACE_ALIGNMENT:
@@ -86,6 +88,11 @@ def workspace(given: Any, module: ModuleType, size: int) -> Any:
     if given.nbytes < size:
         raise ValueError(f"workspace must have at least {size} bytes, and has {given.nbytes}")
     return given
+
+
+def address(array: Any) -> int:
+    """Where a CuPy array starts, as a kernel takes it; of None, 0."""
+    return 0 if array is None else array.data.ptr
 
 
 def delivered(result: Any, out: Any, channels_last: bool = False) -> Any:
@@ -97,11 +104,7 @@ def delivered(result: Any, out: Any, channels_last: bool = False) -> Any:
     return out
 
 
-def _owner(name: str, array: Any) -> ModuleType:
-    # A cupy array can only exist once cupy is imported, so looking among the imported modules is enough.
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
-        return cupy
+def _numpy(name: str, array: Any) -> ModuleType:
     # A masked array is one of NumPy's, and its mask would be lost in silence.
     masked = sys.modules.get("numpy.ma")
     if isinstance(array, np.ndarray) and not (masked and isinstance(array, masked.MaskedArray)):
@@ -117,10 +120,10 @@ def one_device(**arrays: Any) -> Any:
         if array is None:
             continue
         if device is None:
-            first, device = name, array.device
-        elif array.device.id != device.id:
+            first, device, device_id = name, array.device, array.data.device_id
+        elif array.data.device_id != device_id:
             raise ValueError(
-                f"all arrays must be on one device: {first} is on {device.id} and {name} on {array.device.id}"
+                f"all arrays must be on one device: {first} is on {device_id} and {name} on {array.data.device_id}"
             )
     return device
 
@@ -134,10 +137,31 @@ def check_apart(written: Any, *, name: str = "out", **others: Any) -> None:
 
 def share_memory(a: Any, b: Any) -> bool:
     """Whether any element of a is an element of b, exactly, for arrays of one module and one device."""
+    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
+    if a_end <= b_first or b_end <= a_first:
+        return False  # nearly always, and known ten times sooner than NumPy tells
     try:
         return np.shares_memory(_ghost(a), _ghost(b), max_work=10**6)  # type: ignore[arg-type]  # NumPy's stub is too narrow
     except np.exceptions.TooHardError:
         return True
+
+
+def _span(array: Any) -> tuple[int, int]:
+    """The addresses from an array's first byte to behind its last one."""
+    first = _pointer(array)
+    if array.flags.c_contiguous or not array.size:
+        return first, first + array.nbytes
+    end = first + array.dtype.itemsize
+    for extent, step in zip(array.shape, array.strides, strict=True):
+        if step < 0:
+            first += (extent - 1) * step
+        else:
+            end += (extent - 1) * step
+    return first, end
+
+
+def _pointer(array: Any) -> int:
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
 class _Addresses:
@@ -147,10 +171,9 @@ class _Addresses:
 
 def _ghost(array: Any) -> np.ndarray[Any, Any]:
     """A NumPy array at the same addresses, device addresses too: asked about, never read."""
-    pointer = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
     interface = {
         "version": 3,
-        "data": (pointer, True),
+        "data": (_pointer(array), True),
         "shape": array.shape,
         "strides": array.strides,
         "typestr": f"|V{array.dtype.itemsize}",

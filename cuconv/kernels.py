@@ -6,7 +6,9 @@ text alone is the key of CuPy's disk cache: CuPy does not look into headers, and
 
 from __future__ import annotations
 
+import ctypes
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +20,15 @@ import numpy as np
 from .plan import Plan, Target
 
 _INCLUDE = re.compile(r'^#include "([a-z_0-9]+\.cuh)"\n', re.MULTILINE)
-_OPTIONS = ("-std=c++17",)
+# As CuPy spells it for its own kernels, whose check of the compiler then serves these too: 12 ms a process.
+_OPTIONS = ("--std=c++17",)
 # What a block may hold without asking for more.
 _DEFAULT_SHARED_BYTES = 48 * 1024
+# A kernel's arrays, at most.
+_MAX_ARRAYS = 8
+
+# A launch: it takes the addresses of a kernel's arrays.
+Kernel = Callable[..., None]
 
 
 @lru_cache(maxsize=64)
@@ -34,33 +42,57 @@ def target(device_id: int) -> Target:
         raise RuntimeError(
             f"cuconv needs a GPU of compute capability 7.5 or newer; device {device_id} has {architecture / 10}"
         )
-    attributes = device.attributes
+    runtime = cupy.cuda.runtime
+    # One by one: device.attributes asks for all of them, which takes more than a millisecond.
     return Target(
         architecture=architecture,
-        multiprocessors=attributes["MultiProcessorCount"],
-        shared_per_block=attributes["MaxSharedMemoryPerBlockOptin"],
-        shared_per_multiprocessor=attributes["MaxSharedMemoryPerMultiprocessor"],
+        multiprocessors=runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device_id),
+        shared_per_block=runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device_id),
+        shared_per_multiprocessor=runtime.deviceGetAttribute(
+            runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_id
+        ),
     )
 
 
 @lru_cache(maxsize=4096)
-def load(plan: Plan, device_id: int) -> Callable[..., None]:
+def load(plan: Plan, device_id: int) -> Kernel:
     """The plan's kernel on the current device: call it with the addresses of its arrays, in the kernel's order.
 
     It is launched on the current stream, without synchronisation.
     """
+    import cupy
+
     kernel = _kernel(plan.source, plan.defines, device_id)
     if plan.shared_bytes > _DEFAULT_SHARED_BYTES:
         kernel.max_dynamic_shared_size_bytes = max(kernel.max_dynamic_shared_size_bytes, plan.shared_bytes)
-    grid, block, shared_bytes = plan.grid, (plan.block,), plan.shared_bytes
-    # Bytes without fields: CuPy takes a microsecond longer over a structure.
-    struct = plan.parameter_struct()
-    parameters = np.frombuffer(struct.tobytes(), np.dtype((np.void, struct.nbytes)))[0]
+    # By the driver, since CuPy's own launch looks at every argument anew and takes half as long again.
+    driver, runtime, current_stream = cupy.cuda.driver, cupy.cuda.runtime, cupy.cuda.get_current_stream
+    function, grid, block, shared_bytes = kernel.kernel, plan.grid, (plan.block, 1, 1), plan.shared_bytes
+    words, pointers = _arguments(plan.parameter_struct())
+    lock = threading.Lock()
 
     def launch(*addresses: int) -> None:
-        kernel(grid, block, (*addresses, parameters), shared_mem=shared_bytes)
+        if not driver.ctxGetCurrent():
+            runtime.setDevice(device_id)  # in a thread that has not used the device yet
+        first = _MAX_ARRAYS - len(addresses)
+        stream, arguments = current_stream().ptr, pointers + 8 * first
+        # The driver copies the arguments while other threads may run, and want to launch the same kernel.
+        with lock:
+            words[first:] = addresses
+            driver.launchKernel(function.ptr, *grid, *block, shared_bytes, stream, arguments, 0)
 
     return launch
+
+
+def _arguments(parameters: np.void) -> tuple[Any, int]:
+    """A kernel's arguments as the driver takes them: where to write the addresses of its arrays, the last one last, and
+    the address of the pointers to each of these and, behind them, to the parameters."""
+    count = _MAX_ARRAYS + 1
+    block: Any = np.zeros(2 * count - 1 + -(-parameters.nbytes // 8), np.uint64)
+    block[:count] = block.ctypes.data + 8 * np.arange(count, 2 * count)
+    block[2 * count - 1 :].view(np.uint8)[: parameters.nbytes] = np.frombuffer(parameters.tobytes(), np.uint8)
+    # These words keep the whole block alive.
+    return (ctypes.c_uint64 * _MAX_ARRAYS).from_buffer(block, 8 * count), block.ctypes.data
 
 
 @lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import oracle
 import pytest
+from backends import Gpu
 from geometries import (
     GEOMETRIES,
     HALVES,
@@ -22,7 +23,7 @@ from geometries import (
 )
 
 import cuconv
-from cuconv import plan
+from cuconv import kernels, plan
 from cuconv.geometry import depthwise_geometry
 
 
@@ -340,3 +341,31 @@ def test_a_forced_variant_refuses_the_other_layout(device):
             call(device.array(x, "nhwc"), device.array(w))
         with plan.variant("channels_last"), pytest.raises(ValueError, match=r"variant channels_last: .*\(N, C, H, W\)"):
             call(device.array(x), device.array(w))
+
+
+def one_plan_of_every_source():
+    """Of every file of kernels that the passes launch, one plan."""
+    found = {}
+    for direction, planner in (("forward", plan.depthwise_forward), ("dgrad", plan.depthwise_dgrad)):
+        for case in cases(direction):
+            g, dtype, _, variant = case.values
+            chosen = planner(g, dtype, plan.TARGETS[90], variant)
+            found.setdefault(chosen.source, chosen)
+    for case in cases("wgrad"):
+        g, dtype, _, variant = case.values
+        chosen = plan.depthwise_wgrad(g, dtype, True, plan.TARGETS[90], variant)
+        for launch in (chosen.sums, chosen.reduce):
+            if launch is not None:
+                found.setdefault(launch.source, launch)
+    return [pytest.param(chosen, id=source) for source, chosen in found.items()]
+
+
+@pytest.mark.parametrize("chosen", one_plan_of_every_source())
+def test_parameters_have_the_bytes_that_the_kernel_takes(device, chosen):
+    """The driver cannot tell: it copies as many as the kernel's parameters have, from whatever address it is given."""
+    if isinstance(device, Gpu):
+        pytest.skip("only the twin knows the size of a kernel's parameters")
+    *arrays, parameters = kernels._kernel(chosen.source, chosen.defines, 0).parameter_sizes
+    assert parameters == chosen.parameter_struct().nbytes
+    assert set(arrays) == {8}
+    assert len(arrays) <= kernels._MAX_ARRAYS

@@ -386,6 +386,16 @@ def test_forms_of_a_pair(name: str, form: Any) -> None:
     assert all(type(number) is int for number in getattr(geometry, name))
 
 
+@pytest.mark.parametrize("wrong", [True, 1.0, (True, 1), (1, 1.0)], ids=repr)
+@pytest.mark.parametrize("name", ["stride", "dilation", "padding"])
+def test_what_equals_a_number_is_refused_after_the_number_was_taken(name: str, wrong: Any) -> None:
+    """Geometries are found again by their arguments."""
+    for right in (1, (1, 1)):
+        depthwise_geometry(X.shape, W.shape, **{name: right})
+    with pytest.raises(TypeError, match=name):
+        depthwise_geometry(X.shape, W.shape, **{name: wrong})
+
+
 def test_pairs_are_rows_then_columns() -> None:
     geometry = depthwise_geometry(X.shape, W.shape, stride=(2, 3), dilation=(2, 5), padding=(1, 0))
     assert (geometry.P, geometry.Q) == ((7 + 2 - 7) // 2 + 1, (8 - 6) // 3 + 1)

@@ -75,6 +75,48 @@ def test_two_threads_first_call_together(gpu, arrays):
         check(gpu, y, host)
 
 
+def test_threads_launch_one_kernel_each_on_its_own_arrays(gpu, rng):
+    """Launches share what was prepared of a kernel, and nothing that another thread could change under way."""
+    cupy = gpu.module
+    hosts = [oracle.random_arrays(rng, (2, 4, 10, 11), (4, 1, 3, 3), "float32") for _ in range(8)]
+    given = [[gpu.array(a) for a in host] for host in hosts]
+    outs = [[cupy.empty((2, 4, 10, 11), np.float32) for _ in range(100)] for _ in hosts]
+    cupy.cuda.Device().synchronize()
+
+    def call(index):
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            for out in outs[index]:
+                cuconv.depthwise_conv2d(*given[index], padding=1, out=out)
+        stream.synchronize()
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for host, ys in zip(hosts, outs, strict=True):
+        check(gpu, ys[0], host)
+        for y in ys[1:]:
+            assert (y == ys[0]).all()
+
+
+@pytest.mark.parametrize("name", ["null", "ptds"])
+def test_runs_on_the_default_streams(gpu, arrays, name):
+    """The legacy one, and that of a thread, in a thread that has not used the device yet."""
+    host, given = arrays
+    results = []
+
+    def call():
+        with getattr(gpu.module.cuda.Stream, name) as stream:
+            results.append(cuconv.depthwise_conv2d(*given, padding=1))
+            stream.synchronize()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    check(gpu, results[0], host)
+
+
 def test_after_memory_runs_out_the_next_call_works(gpu, arrays):
     cupy = gpu.module
     host, (x, w, bias) = arrays

@@ -407,7 +407,8 @@ def test_arrays():
     assert np.isnan(cupy_twin.empty((2, 3), np.float16)).all()
     with array.device as device, simulate(compute_capability="75", multiprocessors=40):
         assert device.compute_capability == "75"
-        assert device.attributes["MultiProcessorCount"] == 40
+        runtime = cupy_twin.cuda.runtime
+        assert runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device.id) == 40
 
 
 OVERRUNS = {

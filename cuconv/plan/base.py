@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -112,3 +113,70 @@ def plane_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:
         ("dilation_h", g.dilation[0]),
         ("dilation_w", g.dilation[1]),
     )
+
+
+_Tile = TypeVar("_Tile")
+
+# Tables of choices. Thousands of tiles one by one take some ten milliseconds to make and to rank, and every first call
+# of a shape waits for that. As one "tile" whose fields are arrays, an axis for every choice, they take about one.
+
+
+def axis_of(choices: Iterable[Any], behind: int) -> Any:
+    """Choices as an array's first axis, before so many others."""
+    along = np.array(list(choices), np.int64)
+    return along.reshape(along.shape + (1,) * behind)
+
+
+def stack(tiles: Sequence[_Tile], behind: int) -> _Tile:
+    """The table of these, some at least, on one axis before so many others."""
+
+    def column(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], tuple):
+            return tuple(column(of_one) for of_one in zip(*values, strict=True))
+        if is_dataclass(values[0]):
+            return stack(values, behind)
+        return np.array(values).reshape((-1,) + (1,) * behind)
+
+    return type(tiles[0])(*(column([getattr(t, field.name) for t in tiles]) for field in fields(tiles[0])))  # type: ignore[arg-type]
+
+
+def tile_at(table: _Tile, index: Any) -> _Tile:
+    """One tile of a table."""
+
+    def value(array: Any) -> Any:
+        last = index[len(index) - array.ndim :]
+        return array[tuple(0 if n == 1 else i for i, n in zip(last, array.shape, strict=True))].item()
+
+    return _of_arrays(table, value)
+
+
+def those_of(table: _Tile, fits: Any, behind: int = 0) -> _Tile:
+    """The table of those tiles that fit, on one axis before so many others."""
+    return _of_arrays(table, lambda array: np.broadcast_to(array, fits.shape)[fits].reshape((-1,) + (1,) * behind))
+
+
+def _of_arrays(table: _Tile, function: Callable[[Any], Any]) -> _Tile:
+    """The same with every array, of a pair or of a part of the tile too, replaced by a function of it."""
+
+    def value(of_all: Any) -> Any:
+        if isinstance(of_all, tuple):
+            return tuple(value(of_one) for of_one in of_all)
+        if is_dataclass(of_all):
+            return _of_arrays(of_all, function)
+        return function(of_all) if isinstance(of_all, np.ndarray) else of_all
+
+    return type(table)(*(value(getattr(table, field.name)) for field in fields(table)))  # type: ignore[arg-type]
+
+
+def each_of(table: _Tile, fits: Any) -> Iterator[_Tile]:
+    """The tiles of a table that fit; of the fields that are arrays, `fits` has all axes, and the others some."""
+    for index in np.argwhere(fits):
+        yield tile_at(table, index)
+
+
+def cheapest_of(table: _Tile, fits: Any, cost: Any) -> _Tile | None:
+    """The tile of least cost of those that fit, the first one of equals."""
+    if not fits.any():
+        return None
+    ranked = np.where(fits, cost, np.inf)
+    return tile_at(table, np.unravel_index(ranked.argmin(), ranked.shape))

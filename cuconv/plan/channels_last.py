@@ -5,10 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from typing import Any
+
+import numpy as np
 
 from ..geometry import Conv2dGeometry, Pair
-from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable, plane_parameters
+from .base import (
+    DTYPES,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
+    plane_parameters,
+    those_of,
+)
 
 # Weights live in registers, and kernels are unrolled over them: beyond this many, the direct kernel.
 MAX_TAPS = 64
@@ -77,10 +92,11 @@ def _check(g: Conv2dGeometry) -> None:
 
 
 def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, transposed: bool) -> Plan:
-    choices = list(tiles(g, dtype, target, aligned, transposed))
-    if not choices:
+    table = _table(g, dtype, target, aligned, transposed)
+    best = cheapest_of(table, np.ones(table.rows.shape, bool), _cost(g, dtype, target, table, transposed))
+    if best is None:
         raise Unsuitable(f"the weights of a block, {g.R} x {g.S} a channel, do not fit shared memory")
-    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile, transposed)), transposed)
+    return tile_plan(g, dtype, best, transposed)
 
 
 def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, transposed: bool = False) -> Plan:
@@ -119,7 +135,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, transposed: bool = Fals
         ),
         grid=(blocks, 1, 1),
         block=tile.threads,
-        shared_bytes=_shared_bytes(g, dtype, tile.vector, tile.threads),
+        shared_bytes=int(_shared_bytes(g, dtype, tile.vector, tile.threads)),
         parameters=(
             ("multiplier", g.multiplier),
             ("K", g.K),
@@ -149,6 +165,12 @@ def reciprocal(divisor: int) -> Pair:
 
 def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, transposed: bool = False) -> Iterator[Tile]:
     """The tiles that a thread's registers and a block's shared memory hold; of the gradient, g is swapped."""
+    table = _table(g, dtype, target, aligned, transposed)
+    return each_of(table, np.ones(table.rows.shape, bool))
+
+
+def _table(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, transposed: bool) -> Any:
+    """The same as one tile of arrays."""
     size = DTYPES[dtype][1]
     # Rows this far apart read rows that are whole dilations apart, so that they can share them.
     common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
@@ -168,47 +190,52 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, transpos
     rows_choices = {-(-down // (pieces * unit)) * unit for pieces in _PIECES}
     if not transposed and stride[0] > _MAX_STRIDE:
         rows_choices = {1}
-    for vector, columns, depth, threads in product(vectors, columns_choices, _DEPTHS, _THREADS):
-        if _shared_bytes(g, dtype, vector, threads) > target.shared_per_block - SHARED_RESERVE:
-            continue
-        for rows in rows_choices:
-            tile = Tile(
-                vector=vector,
-                rows=rows,
-                columns=columns,
-                depth=depth,
-                threads=threads,
-                stride=(stride[0] if rows > 1 else 1, stride[1] if columns > 1 else 1),
-                spacing=(spacing[0] if rows > 1 else 1, spacing[1] if columns > 1 else 1),
-            )
-            # One column of one channel is a tile of every geometry.
-            if (vector, depth, columns) == (1, 1, columns_choices[-1]) or _fits(tile, g, size, target, transposed):
-                yield tile
+    # Axes.
+    vector, columns, depth = axis_of(vectors, 4), axis_of(columns_choices, 3), axis_of(_DEPTHS, 2)
+    threads, rows = axis_of(_THREADS, 1), axis_of(rows_choices, 0)
+    tile = Tile(
+        vector=vector,
+        rows=rows,
+        columns=columns,
+        depth=depth,
+        threads=threads,
+        stride=_where(rows > 1, stride[0], columns > 1, stride[1]),
+        spacing=_where(rows > 1, spacing[0], columns > 1, spacing[1]),
+    )
+    # One column of one channel is a tile of every geometry.
+    fits = (vector == 1) & (depth == 1) & (columns == columns_choices[-1]) | _fits(tile, g, size, target, transposed)
+    shared = _shared_bytes(g, dtype, vector, threads) <= target.shared_per_block - SHARED_RESERVE
+    return those_of(tile, fits & shared)
 
 
-def _fits(tile: Tile, g: Conv2dGeometry, size: int, target: Target, transposed: bool) -> bool:
+def _where(several_rows: Any, of_rows: int, several_columns: Any, of_columns: int) -> Any:
+    """A pair where there are several rows and columns, and 1 where not."""
+    return np.where(several_rows, of_rows, 1), np.where(several_columns, of_columns, 1)
+
+
+def _fits(tile: Tile, g: Conv2dGeometry, size: int, target: Target, transposed: bool) -> Any:
     """Whether a thread's registers hold the tile, and the instruction cache its code."""
     ahead = tile.depth * _span(tile, g, 1, transposed) * tile.vector * size
     products = _unrolled(tile, g, transposed) * g.R * g.S * tile.columns * tile.vector // tile.stride[0]
     if transposed:
         products = products * tile.stride[0] // tile.stride[1]
     return (
-        (tile.depth == 1 or ahead <= _MAX_BYTES_AHEAD)
-        and products <= _MAX_PRODUCTS
-        and _values(tile, g, size, transposed) <= (_MAX_VALUES if target.architecture < 100 else _MAX_VALUES_10_0)
+        ((tile.depth == 1) | (ahead <= _MAX_BYTES_AHEAD))
+        & (products <= _MAX_PRODUCTS)
+        & (_values(tile, g, size, transposed) <= (_MAX_VALUES if target.architecture < 100 else _MAX_VALUES_10_0))
     )
 
 
-def _ring(tile: Tile, g: Conv2dGeometry, transposed: bool) -> int:
+def _ring(tile: Tile, g: Conv2dGeometry, transposed: bool) -> Any:
     """kRing: rows of sums on the way."""
     stride = tile.stride[0]
     return ((g.R - 1) // stride + 1) * stride if transposed else -(-g.R // stride)
 
 
-def _unrolled(tile: Tile, g: Conv2dGeometry, transposed: bool) -> int:
+def _unrolled(tile: Tile, g: Conv2dGeometry, transposed: bool) -> Any:
     """kUnrolled: rows of x."""
     ring, stride = _ring(tile, g, transposed), tile.stride[0]
-    return math.lcm(ring // stride if transposed else ring * stride, tile.depth)
+    return np.lcm(ring // stride if transposed else ring * stride, tile.depth)
 
 
 def _before(g: Conv2dGeometry, transposed: bool) -> Pair:
@@ -218,7 +245,7 @@ def _before(g: Conv2dGeometry, transposed: bool) -> Pair:
     return (top % g.stride[0], left % g.stride[1]) if transposed else (0, 0)
 
 
-def _items(g: Conv2dGeometry, tile: Tile, transposed: bool) -> Pair:
+def _items(g: Conv2dGeometry, tile: Tile, transposed: bool) -> tuple[Any, Any]:
     """Patches side by side, and one below the other: one for each of `spacing` beginnings."""
     before = _before(g, transposed)
     down = -(-(g.P + before[0]) // (tile.rows * tile.spacing[0])) * tile.spacing[0]
@@ -226,7 +253,7 @@ def _items(g: Conv2dGeometry, tile: Tile, transposed: bool) -> Pair:
     return across, down
 
 
-def _span(tile: Tile, g: Conv2dGeometry, axis: int, transposed: bool) -> int:
+def _span(tile: Tile, g: Conv2dGeometry, axis: int, transposed: bool) -> Any:
     """Rows (axis 0) or columns (1) of x that a patch needs, in units of the dilation: kSpanH and kSpanW."""
     count, taps, stride = (tile.rows, tile.columns)[axis], (g.R, g.S)[axis], tile.stride[axis]
     if transposed:
@@ -234,20 +261,20 @@ def _span(tile: Tile, g: Conv2dGeometry, axis: int, transposed: bool) -> int:
     return (count - 1) * stride + taps
 
 
-def _shared_bytes(g: Conv2dGeometry, dtype: str, vector: int, threads: int) -> int:
+def _shared_bytes(g: Conv2dGeometry, dtype: str, vector: Any, threads: Any) -> Any:
     """The weights of a block's channels."""
-    return min(g.K, threads * vector) * g.R * g.S * DTYPES[dtype][1]
+    return np.minimum(g.K, threads * vector) * g.R * g.S * DTYPES[dtype][1]
 
 
-def _values(tile: Tile, g: Conv2dGeometry, size: int, transposed: bool) -> int:
+def _values(tile: Tile, g: Conv2dGeometry, size: int, transposed: bool) -> Any:
     """Registers that a thread's sums on the way, its weights and its rows of x take."""
     words = max(1, size // 4)
     row = _span(tile, g, 1, transposed)
     widened = (_ring(tile, g, transposed) * tile.columns + g.R * g.S + row) * words
-    return tile.vector * widened + tile.depth * row * max(1, tile.vector * size // 4) + 2 * row
+    return tile.vector * widened + tile.depth * row * np.maximum(1, tile.vector * size // 4) + 2 * row
 
 
-def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed: bool) -> float:
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed: bool) -> Any:
     """What ranks tiles: issue slots an output, and what else takes time in the same unit.
 
     The weights were fitted to the times of 1,700 tiles (11 cases in float32 and float16 on an H200): of those measured,
@@ -268,16 +295,16 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed:
     products = rows * g.R * g.S * max(1, size // 4) / (tile.rows * (g.stride[1] if transposed else tile.stride[0]))
     slots = (rows * row_slots + tile.rows * stores + fixed) / outputs + products
     # 128 bytes a pass through L1.
-    passes = max(1, tile.vector * size / 4) * (rows * columns + tile.rows * tile.columns) / outputs
-    registers = min(255, 10.6 + 1.3 * _values(tile, g, size, transposed))
-    resident = max(1, min(2048 // tile.threads, int(65536 / registers) // tile.threads))
+    passes = np.maximum(1, tile.vector * size / 4) * (rows * columns + tile.rows * tile.columns) / outputs
+    registers = np.minimum(255, 10.6 + 1.3 * _values(tile, g, size, transposed))
+    resident = np.maximum(1, np.minimum(2048 // tile.threads, 65536 // registers // tile.threads))
     # x and y once each, the rows that patches share once more out of L2.
     moved = size * (1 + g.x_size / g.y_size * (1 + 0.04 * (rows / (tile.rows * tile.stride[0]) - 1)))
     # About 3 KB must be on their way to a multiprocessor for half of its share of the bandwidth.
     flight = resident * tile.threads * tile.depth * columns * tile.vector * size
-    busy = 1 - math.exp(-0.74 * resident * tile.threads / 128)
+    busy = 1 - np.exp(-0.74 * resident * tile.threads / 128)
     waves = -(-items // tile.threads) / (target.multiprocessors * resident)
     issue = slots * idle / busy + 0.72 * passes * idle
     # At the memory's bandwidth a multiprocessor moves a byte in the time of 7 issue slots.
     memory = 7 * moved * (1 + 3260 / flight)
-    return (max(issue, memory) + 0.19 * min(issue, memory)) * (1 + 0.52 / waves)
+    return (np.maximum(issue, memory) + 0.19 * np.minimum(issue, memory)) * (1 + 0.52 / waves)

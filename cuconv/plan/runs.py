@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
+
+import numpy as np
 
 from ..geometry import Conv2dGeometry, Pair
 from .base import (
@@ -17,9 +20,13 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
     magic,
     plane_parameters,
     require_nchw,
+    stack,
 )
 
 # Weights live in registers, and kernels are unrolled over them: beyond this many, the direct kernel.
@@ -85,7 +92,7 @@ class Patch:
     @property
     def column_group(self) -> int:
         """Columns that are patched together, a patch for each beginning."""
-        return self.spacing[1] * self.columns // (2 if self.paired else 1)
+        return self.spacing[1] * self.columns // (1 + self.paired)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,7 @@ class Tile:
 
     @property
     def stages(self) -> int:
-        return min(2, self.block_images)
+        return np.minimum(2, self.block_images)  # type: ignore[no-any-return]
 
     @property
     def shared_bytes(self) -> int:
@@ -170,17 +177,19 @@ def _plan(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, spread: 
     if g.R * g.S > MAX_TAPS:
         raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
     budget = target.shared_per_block - SHARED_RESERVE
-    choices = [tile for patch in patches(g, dtype, aligned, spread) for tile in tiles(g, dtype, patch, budget)]
-    if not choices:
+    choices = list(patches(g, dtype, aligned, spread))
+    table, fits = _table(g, dtype, choices, budget) if choices else (None, None)
+    best = cheapest_of(table, fits, _cost(g, dtype, target, table)) if table else None
+    if best is None:
         raise Unsuitable(
             f"{g.R} x {g.S} taps, and rows of {g.W} elements {spread.by} apart, do not fit registers and shared memory"
         )
-    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile)), turned)
+    return tile_plan(g, dtype, best, turned)
 
 
 def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
     patch = tile.patch
-    image_planes, images = _images(g, tile.block_planes)
+    image_planes, images = map(int, _images(g, tile.block_planes))
     grid = (-(-g.P // tile.block_rows), -(-image_planes // tile.block_planes), -(-images // tile.block_images))
     if any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"{grid} blocks are more than one launch can count")
@@ -195,7 +204,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("MULTIPLIED", int(g.K > g.C)),
             ("SUMMED", int(g.C > g.K)),
             ("THREADS", tile.threads),
-            ("STAGES", tile.stages),
+            ("STAGES", int(tile.stages)),
             ("ROWS", patch.rows),
             ("COLUMNS", patch.columns),
             ("STRIDE_H", patch.stride[0]),
@@ -215,7 +224,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
         ),
         grid=grid,
         block=tile.threads,
-        shared_bytes=tile.shared_bytes,
+        shared_bytes=int(tile.shared_bytes),
         parameters=(
             ("multiplier", max(g.multiplier, _summed(g))),
             ("K", g.K),
@@ -248,18 +257,18 @@ def _summed(g: Conv2dGeometry) -> int:
     return max(1, g.C // g.K)
 
 
-def _input_planes(g: Conv2dGeometry, planes: int) -> int:
+def _input_planes(g: Conv2dGeometry, planes: Any) -> Any:
     """The most input planes that so many neighbouring output planes need."""
     if g.K <= g.C:
         return planes * _summed(g)
     # Output planes that begin in the midst of an input plane's may need one input plane more.
-    return min(planes, (planes - 2) // g.multiplier + 2) if planes > 1 else 1
+    return np.minimum(planes, (planes - 2) // g.multiplier + 2)
 
 
-def _images(g: Conv2dGeometry, block_planes: int) -> tuple[int, int]:
+def _images(g: Conv2dGeometry, block_planes: Any) -> tuple[Any, Any]:
     """Planes of an image, and images, as the kernel counts them: images so small that a block takes several are seen
     as fewer images with more planes."""
-    fold = max(1, block_planes // g.K)
+    fold = np.maximum(1, block_planes // g.K)
     return fold * g.K, -(-g.N // fold)
 
 
@@ -365,7 +374,7 @@ def _products(outputs: int, stride: int, taps: int, by: int, first: int, before:
     return sum(place % by == 0 and 0 <= place // by - before < extent for place in met)
 
 
-def _met(taps: int, by: int, first: int) -> int:
+def _met(taps: Any, by: int, first: int) -> Any:
     """How many rows of a spread x a number of taps one below the other meets."""
     return (taps - 1 - first) // by + 1
 
@@ -377,10 +386,17 @@ def bank_passes(apart: int, width: int) -> float:
 
 def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[Tile]:
     """The tiles of a patch that fit `budget` bytes of shared memory."""
+    return iter(dict.fromkeys(each_of(*_table(g, dtype, [patch], budget))))
+
+
+def _table(g: Conv2dGeometry, dtype: str, choices: list[Patch], budget: int) -> tuple[Tile, Any]:
+    """The tiles of all patches as one of arrays, some of them several times, and which of them fit. Axes are patches,
+    patches of a block one below the other, threads, parts of the planes that there are threads for, and images."""
     size = DTYPES[dtype][1]
     summed = _summed(g)
     reach = [(kernel - 1) * dilation + 1 for kernel, dilation in zip((g.R, g.S), g.dilation, strict=True)]
-    (by_h, by_w), (first_h, first_w) = patch.spread.by, patch.spread.first
+    (by_h, by_w), (first_h, first_w) = choices[0].spread.by, choices[0].spread.first
+    patch = stack(choices, 4)
     # Rows and columns that are patched together: a patch for each of `spacing` beginnings.
     group_rows, group_columns = patch.rows * patch.spacing[0], patch.column_group
     # Pairs may start a column before the row.
@@ -388,59 +404,59 @@ def tiles(g: Conv2dGeometry, dtype: str, patch: Patch, budget: int) -> Iterator[
     column_items = column_groups * group_columns // patch.columns
     # Columns that a thread may look at behind the last row, though it may not store what comes of them.
     overhang = 2 * patch.vector
-    if patch.paired or not g.padded:
-        last = _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.padding[1][0]
-        overhang += max(0, last - g.W)
+    last = _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.padding[1][0]
+    overhang = overhang + np.where(patch.paired | (not g.padded), np.maximum(0, last - g.W), 0)
     all_groups = -(-g.P // group_rows)
-    for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
-        block_rows = min(g.P, groups * group_rows)
-        row_items = groups * patch.spacing[0]
-        whole = block_rows == g.P
-        # Rows likewise.
-        input_rows = _met((groups * group_rows - 1) * g.stride[0] + reach[0], by_h, first_h)
-        if (input_rows + max(0, *g.padding[0])) * g.W > 2**31 - 1:
-            break  # offsets of rows, those in the padding too, are 32-bit integers
-        if g.padded:
-            input_rows = min(input_rows, g.H)
-        elements = summed * input_rows * g.W + block_rows * g.Q
-        if elements * size > budget or row_items * column_items > MAX_DIVIDEND:
-            break
-        images = [i for i in _IMAGES if i <= g.N]
-        for threads in _THREADS:
-            # Whole planes: as many as there are threads for, or a part of them.
-            most = max(1, min(threads // (row_items * column_items), g.N * g.K)) if whole else 1
-            for planes, block_images in product({-(-most // part) for part in (1, 2, 4)}, images):
-                block_planes = planes - planes % g.K if planes > g.K else planes
-                addend = g.H * g.W
-                if block_planes == 1 and summed > 1:
-                    # Every one of them is a run, and must lie as far from a boundary of the copy engine as in x.
-                    addend = input_rows * g.W + (addend - input_rows * g.W) % (VECTOR_BYTES // size)
-                input_planes = _input_planes(g, block_planes)
-                input_elements = (input_planes - summed) * g.H * g.W + (summed - 1) * addend
-                input_elements += input_rows * g.W + overhang
-                output_elements = (block_planes - 1) * g.P * g.Q + block_rows * g.Q
-                tile = Tile(
-                    patch=patch,
-                    block_rows=block_rows,
-                    block_planes=block_planes,
-                    block_images=block_images,
-                    row_items=row_items,
-                    column_items=column_items,
-                    threads=threads,
-                    addend=addend,
-                    input_bytes=run_bytes(input_elements * size),
-                    output_bytes=run_bytes(output_elements * size),
-                )
-                if tile.shared_bytes <= budget:
-                    yield tile
+    some_groups, threads, parts, images = (
+        axis_of(_GROUPS, 3),
+        axis_of(_THREADS, 2),
+        axis_of((1, 2, 4), 1),
+        axis_of(_IMAGES, 0),
+    )
+    groups = np.concatenate((np.minimum(some_groups, all_groups), all_groups), axis=1)
+    block_rows = np.minimum(g.P, groups * group_rows)
+    row_items: Any = groups * patch.spacing[0]
+    # Rows likewise.
+    input_rows = _met((groups * group_rows - 1) * g.stride[0] + reach[0], by_h, first_h)
+    # Offsets of rows, those in the padding too, are 32-bit integers.
+    fits = (input_rows + max(0, *g.padding[0])) * g.W <= 2**31 - 1
+    if g.padded:
+        input_rows = np.minimum(input_rows, g.H)
+    items = row_items * column_items
+    fits = fits & ((summed * input_rows * g.W + block_rows * g.Q) * size <= budget) & (items <= MAX_DIVIDEND)
+    # Whole planes: as many as there are threads for, or a part of them.
+    most = np.where(block_rows == g.P, np.clip(threads // items, 1, g.N * g.K), 1)
+    planes = -(-most // parts)
+    block_planes: Any = np.where(planes > g.K, planes - planes % g.K, planes)
+    # Every one of those that are summed is a run, and must lie as far from a boundary of the copy engine as in x.
+    apart = input_rows * g.W + (g.H * g.W - input_rows * g.W) % (VECTOR_BYTES // size)
+    addend: Any = np.where((block_planes == 1) & (summed > 1), apart, g.H * g.W)
+    input_elements = (_input_planes(g, block_planes) - summed) * g.H * g.W + (summed - 1) * addend
+    input_elements = input_elements + input_rows * g.W + overhang
+    output_elements = (block_planes - 1) * g.P * g.Q + block_rows * g.Q
+    tile = Tile(
+        patch=patch,
+        block_rows=block_rows,
+        block_planes=block_planes,
+        block_images=images,
+        row_items=row_items,
+        column_items=column_items,
+        threads=threads,
+        addend=addend,
+        input_bytes=run_bytes(input_elements * size),
+        output_bytes=run_bytes(output_elements * size),
+    )
+    # Fewer groups than all, once.
+    fits = fits & np.concatenate((some_groups < all_groups, all_groups > 0), axis=1)
+    return tile, fits & (images <= g.N) & (tile.shared_bytes <= budget)
 
 
-def run_bytes(size: int) -> int:
+def run_bytes(size: Any) -> Any:
     """Shared bytes for a run of `size` bytes that starts anywhere within 16; the next one starts at a cache line."""
     return -(-(size + 16) // 128) * 128
 
 
-def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:
     """What ranks tiles: clocks of a multiprocessor for an output, up to a factor.
 
     The weights were fitted to the times of 5,000 tiles (17 cases in float32, float16 and bfloat16 on an H200): of those
@@ -452,31 +468,27 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
     row_groups = -(-g.P // tile.block_rows)
     # Lanes with nothing to do, and the last block of a plane with few rows left.
     idle = -(-items // tile.threads) * tile.threads * patch.rows * patch.columns / outputs
-    idle *= row_groups * tile.block_rows / g.P
+    idle = idle * (row_groups * tile.block_rows / g.P)
     # A thread's work for every image, and for the weights, which it fetches once.
     fixed = (57 + 2.6 * g.R * g.S / tile.block_images) * tile.threads / outputs
     by, first = patch.spread.by[0], patch.spread.first[0]
     needed = _met((tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1, by, first)
-    halo = 1.0 if row_groups == 1 else needed * by / (tile.block_rows * g.stride[0])
+    halo = np.where(row_groups == 1, 1.0, needed * by / (tile.block_rows * g.stride[0]))
     moved = (halo * g.x_size / g.y_size + 1) * size
     # Every scheduler has so many warps to choose from: few of them leave it waiting.
-    registers = min(255.0, max(32.0, 49 + 0.63 * (patch.registers - 49)))
-    resident = max(
-        1,
-        min(
-            target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE),
-            2048 // tile.threads,
-            int(65536 / (registers * tile.threads)),
-        ),
-    )
+    registers = np.clip(49 + 0.63 * (patch.registers - 49), 32.0, 255.0)
+    by_shared = target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE)
+    by_registers = 65536 // (registers * tile.threads)
+    resident = np.maximum(1, np.minimum(by_shared, np.minimum(2048 // tile.threads, by_registers)))
     image_planes, images = _images(g, tile.block_planes)
     blocks = -(-images // tile.block_images) * -(-image_planes // tile.block_planes) * row_groups
     filled = blocks / target.multiprocessors
-    active = min(resident, filled)
-    busy = 1 - math.exp(-0.34 * active * tile.threads / 128)
+    active = np.minimum(resident, filled)
+    busy = 1 - np.exp(-0.34 * active * tile.threads / 128)
     issue = (patch.slots * idle + 0.6 * patch.passes * idle + fixed) / 128 + 0.17 / 32 * patch.passes * idle
     # Loads and stores on the way; with one image after the other a block begins and ends but once.
-    latency = ((14.5 if tile.stages == 1 else 116) + 3 / tile.block_images) / (active * outputs)
+    latency = (np.where(tile.stages == 1, 14.5, 116) + 3 / tile.block_images) / (active * outputs)
     # Some multiprocessors have a block more than others.
-    uneven = math.ceil(filled) / filled if filled < resident else math.ceil(filled / resident) * resident / filled
+    rounds = np.where(filled < resident, np.ceil(filled), np.ceil(filled / resident) * resident)
+    uneven = rounds / filled
     return (issue / busy + 0.025 / 18 * moved + latency) * (1 + 0.03 * (uneven - 1))

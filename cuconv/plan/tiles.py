@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import Any
+
+import numpy as np
 
 from ..geometry import Conv2dGeometry
 from . import runs
@@ -18,8 +21,11 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
+    axis_of,
+    each_of,
     plane_parameters,
     require_nchw,
+    tile_at,
 )
 
 # Rows and columns of a thread's tile: of 7 x 14, a plane of 56 x 56 has one for each lane of a warp.
@@ -78,7 +84,7 @@ def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned
         raise Unsuitable(
             f"takes extents of at most {_MAX_EXTENT} and {MAX_GRID[0]} planes, not {extent} and {g.N * g.K}"
         )
-    best = min(tiles(g, dtype, target, aligned), key=lambda tile: cost(g, target, tile), default=None)
+    best = _cheapest(g, dtype, target, aligned)
     if best is None:
         raise Unsuitable(f"no tile of {g.R} x {g.S} taps of {dtype} fits shared memory and one launch")
     return tile_plan(g, dtype, best, turned)
@@ -129,55 +135,86 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
 
 def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Iterator[Tile]:
     """The tiles that registers and shared memory hold, and one launch can count."""
+    budget = target.shared_per_block - SHARED_RESERVE
+    return filter(lambda tile: tile.shared_bytes <= budget, map(_pitched, each_of(*_table(g, dtype, target, aligned))))
+
+
+def _cheapest(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Tile | None:
+    """The tile of least cost, the first one of equals.
+
+    Pitches take long to find, and no tile costs less with one than without.
+    """
+    table, fits = _table(g, dtype, target, aligned)
+    # Exponentials of an array may differ from a number's in the last bit.
+    bounds = np.where(fits, cost(g, target, table) * (1 - 1e-12), np.inf)
+    best, least = None, (math.inf, 0)
+    for place in bounds.argsort(axis=None, kind="stable").tolist():
+        if bounds.flat[place] > least[0] or bounds.flat[place] == math.inf:
+            break
+        tile = _pitched(tile_at(table, np.unravel_index(place, bounds.shape)))
+        if tile.shared_bytes <= target.shared_per_block - SHARED_RESERVE:
+            best, least = min((best, least), (tile, (float(cost(g, target, tile)), place)), key=lambda found: found[1])
+    return best
+
+
+def _table(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> tuple[Tile, Any]:
+    """All tiles as one of arrays, without their pitches, and which of them fit: axes are shapes and chunks, columns of
+    tiles, rows of tiles, threads, and parts of the planes that there are threads for."""
     size = DTYPES[dtype][1]
     value_bytes = max(4, size)
     widest = VECTOR_BYTES // value_bytes
     # More elements a load would be more than a thread holds of several loads.
     of_global = min(4, VECTOR_BYTES // size) if aligned else 1
     budget = target.shared_per_block - SHARED_RESERVE
-    for (rows, columns), chunk in product(_SHAPES, _CHUNKS):
-        if chunk > _CHUNKS[-1] and g.S <= _CHUNKS[-1]:
-            continue
-        all_rows, all_columns = -(-g.P // rows), -(-g.Q // columns)
-        for column_items, row_items in product(_band_items(all_columns), _band_items(all_rows)):
-            vector = math.gcd(columns, widest) if column_items > 1 else widest
-            piece = _up(columns + min(chunk, g.S) - 1, vector)
-            items = row_items * column_items
-            if (rows * columns + piece) * (value_bytes // 4) > _MAX_VALUES or items > _THREADS[-1]:
-                continue
-            block_rows = min(g.H, row_items * rows + g.R - 1)
-            least_pitch = _up((column_items - 1) * columns + _up(columns + g.S - 1, vector), widest)
-            if (block_rows * least_pitch + g.R * g.S) * value_bytes > budget:
-                continue
-            pitch, passes = _pitch(rows, columns, row_items, column_items, least_pitch, vector, value_bytes)
-            # Lanes that read the weights of different channels read them from different banks.
-            channel_pitch = (-(-g.S // chunk) * g.R * chunk // widest | 1) * widest
-            for threads in _THREADS:
-                most = min(threads // items, g.N * g.K)
-                if threads > _THREADS[0] and 2 * most * items <= threads:
-                    continue  # a smaller block has room for as many
-                for block_planes in sorted({-(-most // part) for part in (1, 2)} - {0}):
-                    tile = Tile(
-                        rows=rows,
-                        columns=columns,
-                        chunk=chunk,
-                        vector=vector,
-                        in_vector=math.gcd(g.W, of_global),
-                        out_vector=math.gcd(math.gcd(g.Q, columns), of_global),
-                        row_items=row_items,
-                        column_items=column_items,
-                        block_planes=block_planes,
-                        threads=threads,
-                        block_rows=block_rows,
-                        pitch=pitch,
-                        passes=passes,
-                        block_channels=_channels(g.N, block_planes),
-                        channel_pitch=channel_pitch,
-                        value_bytes=value_bytes,
-                    )
-                    fits_grid = all(blocks <= limit for blocks, limit in zip(_grid(g, tile), MAX_GRID, strict=True))
-                    if tile.shared_bytes <= budget and fits_grid:
-                        yield tile
+    shapes = [
+        (*shape, chunk) for shape, chunk in product(_SHAPES, _CHUNKS) if chunk <= _CHUNKS[-1] or g.S > _CHUNKS[-1]
+    ]
+    rows, columns, chunk = axis_of(zip(*shapes, strict=True), 4)
+    column_items = axis_of((_band_items(-(-g.Q // columns)) for _, columns, _ in shapes), 3)
+    row_items = axis_of((_band_items(-(-g.P // rows)) for rows, _, _ in shapes), 2)[:, None]
+    threads, parts = axis_of(_THREADS, 1), axis_of((2, 1), 0)
+    items = row_items * column_items
+    vector: Any = np.where(column_items > 1, np.gcd(columns, widest), widest)
+    most = np.minimum(threads // items, g.N * g.K)
+    block_planes = np.maximum(1, -(-most // parts))
+    # Of lanes that do not hinder each other.
+    fewest_passes: Any = _WARP * value_bytes * vector / _BANKS_BYTES
+    table = Tile(
+        rows=rows,
+        columns=columns,
+        chunk=chunk,
+        vector=vector,
+        in_vector=math.gcd(g.W, of_global),
+        out_vector=np.gcd(math.gcd(g.Q, of_global), columns),
+        row_items=row_items,
+        column_items=column_items,
+        block_planes=block_planes,
+        threads=threads,
+        block_rows=np.minimum(g.H, row_items * rows + g.R - 1),
+        pitch=_up((column_items - 1) * columns + _up(columns + g.S - 1, vector), widest),
+        passes=fewest_passes,
+        block_channels=_channels(g.N, block_planes),
+        # Lanes that read the weights of different channels read them from different banks.
+        channel_pitch=(-(-g.S // chunk) * g.R * chunk // widest | 1) * widest,
+        value_bytes=value_bytes,
+    )
+    piece = _up(columns + np.minimum(chunk, g.S) - 1, vector)
+    fits = (items <= _THREADS[-1]) & ((rows * columns + piece) * (value_bytes // 4) <= _MAX_VALUES)
+    fits = fits & ((table.block_rows * table.pitch + g.R * g.S) * value_bytes <= budget)
+    # A smaller block has room for as many.
+    fits = fits & (most > 0) & ((threads == _THREADS[0]) | (2 * most * items > threads))
+    fits = fits & ((parts == 1) | (most > 1))
+    for blocks, limit in zip(_grid(g, table), MAX_GRID, strict=True):
+        fits = fits & (blocks <= limit)
+    return table, fits & (table.shared_bytes <= budget)
+
+
+def _pitched(tile: Tile) -> Tile:
+    """The tile with its pitch."""
+    pitch, passes = _pitch(
+        tile.rows, tile.columns, tile.row_items, tile.column_items, tile.pitch, tile.vector, tile.value_bytes
+    )
+    return replace(tile, pitch=pitch, passes=passes)
 
 
 def _grid(g: Conv2dGeometry, tile: Tile) -> tuple[int, int, int]:
@@ -188,20 +225,20 @@ def _grid(g: Conv2dGeometry, tile: Tile) -> tuple[int, int, int]:
     )
 
 
-def _up(count: int, multiple: int) -> int:
+def _up(count: Any, multiple: Any) -> Any:
     return -(-count // multiple) * multiple
 
 
 def _band_items(items: int) -> list[int]:
-    """Of so many tiles side by side, how many a block may take."""
-    return sorted({-(-items // bands) for bands in _BANDS} | {n for n in _BAND_ITEMS if n < items})
+    """Of so many tiles side by side, how many a block may take; then more than any takes."""
+    choices = {-(-items // bands) for bands in _BANDS} | {n for n in _BAND_ITEMS if n < items}
+    return sorted(choices) + [_THREADS[-1] + 1] * (len(_BANDS) + len(_BAND_ITEMS) - len(choices))
 
 
-def _channels(images: int, planes: int) -> int:
+def _channels(images: int, planes: Any) -> Any:
     """How many channels at most so many neighbouring planes belong to, the images of a channel being neighbours."""
-    if planes % images == 0:
-        return planes // images
-    return 1 if images % planes == 0 else (planes - 2) // images + 2
+    some = np.where(images % planes == 0, 1, (planes - 2) // images + 2)
+    return np.where(planes % images == 0, planes // images, some)
 
 
 @lru_cache(maxsize=4096)
@@ -235,7 +272,7 @@ def _passes(
     return passes * _WARP / lanes if lanes % units == 0 else passes * _WARP / (_up(lanes, units))
 
 
-def cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
+def cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     """What ranks tiles: clocks of a multiprocessor, by a count of instructions and of passes over shared memory.
 
     Beside what is counted it guesses, with nothing measured yet: how often schedulers with few warps wait, two passes
@@ -244,28 +281,25 @@ def cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     words = tile.value_bytes // 4
     widest = VECTOR_BYTES // tile.value_bytes
     issue = shared = 0.0
-    for chunks, taps in ((g.S // tile.chunk, tile.chunk), (1, g.S % tile.chunk)):
-        if not chunks * taps:
-            continue
+    tail = g.S % tile.chunk
+    for chunks, taps in ((g.S // tile.chunk, tile.chunk), (np.minimum(tail, 1), tail)):
         x_loads = -(-(tile.columns + taps - 1) // tile.vector)
         w_loads = tile.rows * -(-taps // widest)
         # Multiplications in float64 take two slots each; a row's loop takes 20 instructions beside the loads.
-        issue += chunks * g.R * (tile.rows * tile.columns * taps * words + w_loads)
-        issue += chunks * (g.R + tile.rows - 1) * (x_loads + 20)
-        shared += chunks * ((g.R + tile.rows - 1) * x_loads * tile.passes + 2 * g.R * w_loads)
+        issue = issue + chunks * g.R * (tile.rows * tile.columns * taps * words + w_loads)
+        issue = issue + chunks * (g.R + tile.rows - 1) * (x_loads + 20)
+        shared = shared + chunks * ((g.R + tile.rows - 1) * x_loads * tile.passes + 2 * g.R * w_loads)
     warps = tile.threads // _WARP
     loads = tile.block_planes * tile.block_rows * g.W / tile.in_vector / tile.threads
-    issue += loads * (30 + 8 * tile.in_vector) + tile.rows * tile.columns * 4
-    registers = _up(int((tile.rows * tile.columns + tile.columns + tile.chunk) * words * 1.1) + 30, 8)
-    resident = min(
-        target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE),
-        2048 // tile.threads,
-        65536 // (registers * tile.threads),
-    )
+    issue = issue + loads * (30 + 8 * tile.in_vector) + tile.rows * tile.columns * 4
+    values = (tile.rows * tile.columns + tile.columns + tile.chunk) * words
+    registers = _up(np.floor(values * 1.1) + 30, 8)
+    by_shared = target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE)
+    resident = np.minimum(by_shared, np.minimum(2048 // tile.threads, 65536 // (registers * tile.threads)))
     turns = -(-math.prod(_grid(g, tile)) // target.multiprocessors)
-    at_once = max(1, min(resident, turns)) * warps
-    busy = 1 - math.exp(-0.3 * at_once)
+    at_once = np.maximum(1, np.minimum(resident, turns)) * warps
+    busy = 1 - np.exp(-0.3 * at_once)
     # Of four schedulers, the one with most warps is waited for.
     uneven = -(-at_once // 4) * 4 / at_once
-    clocks = turns * warps * max(issue / 4, shared) * uneven / busy
-    return clocks + 0.2 * turns * warps * min(issue / 4, shared) + 2000 * turns / max(1, resident)
+    clocks = turns * warps * np.maximum(issue / 4, shared) * uneven / busy
+    return clocks + 0.2 * turns * warps * np.minimum(issue / 4, shared) + 2000 * turns / np.maximum(1, resident)

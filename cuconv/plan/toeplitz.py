@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from typing import Any
+
+import numpy as np
 
 from ..geometry import Conv2dGeometry
 from .base import (
@@ -17,6 +19,9 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
     magic,
     plane_parameters,
     require_nchw,
@@ -109,10 +114,10 @@ def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned
     require_nchw(g)
     if target.architecture < 90:
         raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
-    choices = list(tiles(g, aligned, target.shared_per_block - SHARED_RESERVE))
-    if not choices:
+    table, fits = _table(g, aligned, target.shared_per_block - SHARED_RESERVE)
+    best = cheapest_of(table, fits, _cost(g, target, table))
+    if best is None:
         raise Unsuitable(f"{g.R} rows of {g.W} elements do not fit shared memory")
-    best = min(choices, key=lambda tile: _cost(g, target, tile))
     return tile_plan(g, dtype, best, turned)
 
 
@@ -201,127 +206,128 @@ def window_of(g: Conv2dGeometry, aligned: bool) -> Window:
 
 def tiles(g: Conv2dGeometry, aligned: bool, budget: int) -> Iterator[Tile]:
     """The tiles that fit `budget` bytes of shared memory."""
+    return each_of(*_table(g, aligned, budget))
+
+
+def _table(g: Conv2dGeometry, aligned: bool, budget: int) -> tuple[Tile, Any]:
+    """All tiles as one of arrays, and which of them fit: axes are rows of patches and of blocks, planes, images, turns
+    and warps."""
     window = window_of(g, aligned)
     common = math.gcd(g.stride[0], g.dilation[0])
     spacing, stride = g.dilation[0] // common, g.stride[0] // common
     if stride > _MAX_STRIDE:
         raise Unsuitable(f"takes a stride of rows of up to {_MAX_STRIDE} between dilated rows, and has {stride}")
+    segments = -(-g.Q // _SEGMENT)
+    # Columns of x from the first to the last tap of the block, those included that no output needs: of segments and
+    # windows that overhang the last column. The zeros before a row are those behind the row above, too.
+    needed = (g.Q - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1 + window.phase
+    overhang = (segments - 1) * _SEGMENT * g.stride[1] + window.steps * _STEP
+    columns = max(g.W + window.lead, needed - max(0, window.lead))
+    pieces = axis_of(_pieces(g, spacing, columns, budget), 4).reshape(-1, 5, 1, 1, 1, 1)
+    rows, block_rows, row_items, layout_rows, input_rows = pieces.swapaxes(0, 1)
+    pitch, plane_pitch, passes = _pitches(g, columns, layout_rows, row_items, segments, rows, spacing)
+    planes, images, turns, warps = axis_of(_PLANES, 3), axis_of(_IMAGES, 2), axis_of(_TURNS, 1), axis_of(_WARPS, 0)
+    # Output planes that begin in the midst of an input plane's may need one input plane more.
+    inputs = np.minimum(planes, (planes - 2) // g.multiplier + 2)
+    layout = ((inputs * images - 1) * plane_pitch + (layout_rows - 1) * pitch + np.maximum(pitch, overhang)) * _SIZE
+    input_elements = (inputs - 1) * g.H * g.W + input_rows * g.W
+    output_elements = (planes - 1) * g.P * g.Q + block_rows * g.Q
+    table = Tile(
+        window=window,
+        rows=rows,
+        spacing=spacing,
+        stride=stride,
+        block_rows=block_rows,
+        block_planes=planes,
+        block_images=images,
+        block_turns=turns,
+        block_inputs=inputs,
+        row_items=row_items,
+        segments=segments,
+        warps=warps,
+        pitch=pitch,
+        plane_pitch=plane_pitch,
+        layout_bytes=_line(layout),
+        bands_bytes=_line(planes * g.R * window.steps * 256),
+        input_bytes=_line(input_elements * _SIZE + VECTOR_BYTES),
+        output_bytes=_line(output_elements * _SIZE + VECTOR_BYTES),
+        pairs=aligned and g.Q % 2 == 0,
+        passes=passes,
+    )
+    units = images * row_items * segments
+    counts = (
+        units + _UNITS,
+        images * inputs * input_rows,
+        planes * g.R * window.steps,
+        planes * -(-units // _UNITS),
+        np.array(overhang),
+    )
+    fits = (planes == 1) | ((block_rows == g.P) & (planes <= g.K))
+    fits = fits & ((images == 1) | (images < 2 * g.N)) & ((turns == 1) | (turns * images < 2 * g.N))
+    for count in counts:
+        fits = fits & (count <= MAX_DIVIDEND)
+    return table, fits & (table.shared_bytes <= budget) & (warps > 0)
+
+
+def _pieces(g: Conv2dGeometry, spacing: int, columns: int, budget: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Rows of a patch, rows of a block, its row items, and rows of x that it lays out and that it loads."""
     choices = _HELD_ROWS if g.R <= MAX_HELD_ROWS else _RING_ROWS
+    reach = (g.R - 1) * g.dilation[0] + 1
     # Of the patches taller than the plane, the lowest.
     tall = [rows for rows in choices if rows * spacing >= g.P]
     for rows in (rows for rows in choices if rows not in tall[:-1]):
         all_groups = -(-g.P // (rows * spacing))
         for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
-            yield from _tiles_of(g, aligned, window, rows, spacing, stride, groups, budget)
+            block_rows = min(g.P, groups * rows * spacing)
+            row_items = min(spacing, g.P) if groups == 1 else groups * spacing
+            # From the first to the last tap of the block, those included that no output needs: of patches that overhang
+            # the last row.
+            last_row = (groups * rows - 1) * spacing + min(spacing, row_items) - 1
+            layout_rows = last_row * g.stride[0] + reach
+            input_rows = min((block_rows - 1) * g.stride[0] + reach, g.H)
+            # Both are needed within integers of 32 bits, and far within shared memory.
+            if (layout_rows * columns + input_rows * g.W + block_rows * g.Q) * _SIZE <= budget:
+                yield rows, block_rows, row_items, layout_rows, input_rows
 
 
-def _tiles_of(
-    g: Conv2dGeometry, aligned: bool, window: Window, rows: int, spacing: int, stride: int, groups: int, budget: int
-) -> Iterator[Tile]:
-    block_rows = min(g.P, groups * rows * spacing)
-    row_items = min(spacing, g.P) if groups == 1 else groups * spacing
-    segments = -(-g.Q // _SEGMENT)
-    whole = block_rows == g.P
-    reach = (g.R - 1) * g.dilation[0] + 1
-    # Rows and columns of x from the first to the last tap of the block, those included that no output needs: of patches
-    # that overhang the last row, of segments and windows that overhang the last column.
-    last_row = ((groups - 1) * rows + rows - 1) * spacing + min(spacing, row_items) - 1
-    layout_rows = last_row * g.stride[0] + reach
-    needed = (g.Q - 1) * g.stride[1] + (g.S - 1) * g.dilation[1] + 1 + window.phase
-    overhang = (segments - 1) * _SEGMENT * g.stride[1] + window.steps * _STEP
-    # The zeros before a row are those behind the row above, too.
-    columns = max(g.W + window.lead, needed - max(0, window.lead))
-    input_rows = min((block_rows - 1) * g.stride[0] + reach, g.H)
-    # Both are needed within integers of 32 bits, and far within shared memory.
-    if (layout_rows * columns + input_rows * g.W + block_rows * g.Q) * _SIZE > budget:
-        return
-    pitch, plane_pitch, passes = _pitches(g, columns, layout_rows, row_items, segments, rows, spacing)
-    for planes, images in product(_PLANES, _IMAGES):
-        if (planes > 1 and (not whole or planes > g.K)) or (images > 1 and images >= 2 * g.N):
-            continue
-        # Output planes that begin in the midst of an input plane's may need one input plane more.
-        inputs = min(planes, (planes - 2) // g.multiplier + 2) if planes > 1 else 1
-        layout = ((inputs * images - 1) * plane_pitch + (layout_rows - 1) * pitch + max(pitch, overhang)) * _SIZE
-        input_elements = (inputs - 1) * g.H * g.W + input_rows * g.W
-        output_elements = (planes - 1) * g.P * g.Q + block_rows * g.Q
-        units = images * row_items * segments
-        counts = (
-            units + _UNITS,
-            images * inputs * input_rows,
-            planes * g.R * window.steps,
-            planes * -(-units // _UNITS),
-            overhang,
-        )
-        if max(counts) > MAX_DIVIDEND:
-            continue
-        for turns, warps in product(_TURNS, _WARPS):
-            if turns > 1 and turns * images >= 2 * g.N:
-                continue
-            tile = Tile(
-                window=window,
-                rows=rows,
-                spacing=spacing,
-                stride=stride,
-                block_rows=block_rows,
-                block_planes=planes,
-                block_images=images,
-                block_turns=turns,
-                block_inputs=inputs,
-                row_items=row_items,
-                segments=segments,
-                warps=warps,
-                pitch=pitch,
-                plane_pitch=plane_pitch,
-                layout_bytes=_line(layout),
-                bands_bytes=_line(planes * g.R * window.steps * 256),
-                input_bytes=_line(input_elements * _SIZE + VECTOR_BYTES),
-                output_bytes=_line(output_elements * _SIZE + VECTOR_BYTES),
-                pairs=aligned and g.Q % 2 == 0,
-                passes=passes,
-            )
-            if tile.shared_bytes <= budget:
-                yield tile
-
-
-def _line(size: int) -> int:
+def _line(size: Any) -> Any:
     """Shared bytes, so that what follows starts at a cache line."""
     return -(-size // 128) * 128
 
 
 def _pitches(
-    g: Conv2dGeometry, columns: int, layout_rows: int, row_items: int, segments: int, rows: int, spacing: int
-) -> tuple[int, int, float]:
+    g: Conv2dGeometry, columns: int, layout_rows: Any, row_items: Any, segments: int, rows: Any, spacing: int
+) -> tuple[Any, Any, Any]:
     """Elements from row to row and from plane to plane of the layout, and the passes over the banks that follow.
 
     A fragment's rows are windows of 8 units, each 16 bytes of every 128 that the banks hold: units that share a place
     there take turns. A few bytes between rows or planes bring them apart.
     """
-    starts = []
-    for unit in range(4 * _UNITS):
-        image, rest = divmod(unit, row_items * segments)
-        item, segment = divmod(rest, segments)
-        p = item + item // spacing * (rows - 1) * spacing
-        starts.append((image, p * g.stride[0], segment * g.stride[1]))
-    best = None
-    for pitch in (-(-columns // 8), -(-columns // 8) + 1):
-        # Where units are of one image, it does not matter how far planes are apart.
-        for extra in range(8) if row_items * segments < 2 * _UNITS else (0,):
-            plane_pitch = layout_rows * pitch + extra
-            passes = 0
-            for first in range(0, len(starts), 8):
-                places = [
-                    (image * plane_pitch + row * pitch + column) % 8 for image, row, column in starts[first : first + 8]
-                ]
-                passes += max(places.count(place) for place in places)
-            # A tenth of a pass is worth a tenth of the memory.
-            rank = passes / 8 + plane_pitch / (layout_rows * -(-columns // 8))
-            if best is None or rank < best[0]:
-                best = (rank, pitch * 8, plane_pitch * 8, passes / 8)
-    assert best is not None
-    return best[1:]
+    # Two more axes: pitches to choose among, and units by eights.
+    units = np.arange(4 * _UNITS).reshape(1, 1, -1, 8)
+    layout_rows, row_items, rows = (of_piece.reshape(-1, 1, 1, 1) for of_piece in (layout_rows, row_items, rows))
+    image, rest = units // (row_items * segments), units % (row_items * segments)
+    item, segment = rest // segments, rest % segments
+    row = (item + item // spacing * (rows - 1) * spacing) * g.stride[0]
+    least = -(-columns // 8)
+    pitch, extra = (choice.reshape(1, -1, 1, 1) for choice in np.divmod(np.arange(2 * 8), 8))
+    pitch = least + pitch
+    plane_pitch = layout_rows * pitch + extra
+    places = (image * plane_pitch + row * pitch + segment * g.stride[1]) % 8
+    # How many of eight units share a place: their counts in four bits each.
+    counts = (1 << 4 * places).sum(-1, keepdims=True) >> 4 * np.arange(8) & 15
+    passes = counts.max(-1).sum(-1) / 8
+    # A tenth of a pass is worth a tenth of the memory. Where units are of one image, it does not matter how far planes
+    # are apart.
+    rank = passes + (plane_pitch / (layout_rows * least))[..., 0, 0]
+    rank[(row_items * segments >= 2 * _UNITS)[..., 0, 0] & (extra > 0)[..., 0, 0]] = np.inf
+    best = rank.argmin(1)
+    chosen = np.arange(len(best)), best
+    of_best = (8 * np.broadcast_to(pitch, plane_pitch.shape)[..., 0, 0][chosen], 8 * plane_pitch[..., 0, 0][chosen])
+    return tuple(values.reshape(-1, 1, 1, 1, 1) for values in (*of_best, passes[chosen]))
 
 
-def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
+def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     """What ranks tiles: clocks of a multiprocessor for an output, by a count of what each of its parts has to do.
 
     The weights were fitted to the times of 700 tiles (10 cases in float16 on an H200): of those measured, the tile of
@@ -329,12 +335,12 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     """
     window, threads = tile.window, 32 * tile.warps
     items = tile.block_planes * tile.products
-    images = min(tile.block_images, g.N)
+    images = np.minimum(tile.block_images, g.N)
     row_groups = -(-g.P // tile.block_rows)
     # The last block of a plane has few rows left, the last turn few images.
     turns = g.N / tile.block_images
-    outputs = tile.block_planes * images * g.P / row_groups * g.Q * turns / math.ceil(turns)
-    outputs *= g.K / tile.block_planes / math.ceil(g.K / tile.block_planes)
+    outputs = tile.block_planes * images * g.P / row_groups * g.Q * turns / np.ceil(turns)
+    outputs *= g.K / tile.block_planes / np.ceil(g.K / tile.block_planes)
     held = g.R <= MAX_HELD_ROWS
     span = (tile.rows - 1) * tile.stride + g.R
     # Warps with nothing to do in the last round.
@@ -342,7 +348,7 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     products = items * tile.rows * g.R * window.steps * uneven
     fragments = items * span * window.steps * uneven
     bands = items * g.R * window.steps * uneven
-    laid_rows = tile.block_inputs * images * min((tile.block_rows - 1) * g.stride[0] + g.R, g.H)
+    laid_rows = tile.block_inputs * images * np.minimum((tile.block_rows - 1) * g.stride[0] + g.R, g.H)
     vectors = max(1, g.W // window.vector)
     lanes = 1 << min(5, (vectors - 1).bit_length())
     laid = laid_rows * -(-vectors // lanes) * lanes / 32
@@ -351,16 +357,10 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     issue += 594 * items * uneven
     passes = 4 * tile.passes * fragments + 2 * bands + laid * (2 + 0.07 * window.vector) + stores / 2
     moved = (laid_rows * g.W + outputs) * _SIZE
-    registers = min(255, 65 + (4 * tile.rows + 2 * g.R if held else 8 * tile.rows))
-    resident = max(
-        1,
-        min(
-            target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE),
-            2048 // threads,
-            65536 // registers // threads,
-        ),
-    )
-    busy = 1 - math.exp(-0.6 * resident * tile.warps / 4)
+    registers = np.minimum(255, 65 + (4 * tile.rows + 2 * g.R if held else 8 * tile.rows))
+    by_shared = target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE)
+    resident = np.maximum(1, np.minimum(by_shared, np.minimum(2048 // threads, 65536 // registers // threads)))
+    busy = 1 - np.exp(-0.6 * resident * tile.warps / 4)
     # For a block: zeros, bands, and the first load, which nothing overlaps but other blocks.
     begin = 1.8 * (tile.layout_bytes / 128 + 2.5 * tile.bands_bytes / 128) + 4000 / resident
     # A turn's barriers and the stores' tail.

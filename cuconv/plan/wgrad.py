@@ -9,6 +9,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
+
+import numpy as np
 
 from ..geometry import Conv2dGeometry, Pair
 from .base import (
@@ -20,9 +23,14 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
     magic,
     plane_parameters,
     require_nchw,
+    stack,
+    those_of,
 )
 from .runs import MAX_TAPS, bank_passes, run_bytes
 
@@ -216,10 +224,11 @@ def runs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: boo
         raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
     if g.R * g.S > MAX_TAPS:
         raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
-    choices = list(tiles_of_runs(g, dtype, bias, target, aligned))
-    if not choices:
+    table, fits = _table(g, dtype, bias, target, aligned)
+    best = cheapest_of(table, fits, _cost(g, dtype, bias, target, table))
+    if best is None:
         raise Unsuitable(f"{g.R} rows of {g.W} elements do not fit shared memory")
-    return tile_plan(g, dtype, bias, target, min(choices, key=lambda tile: _cost(g, dtype, bias, target, tile)))
+    return tile_plan(g, dtype, bias, target, best)
 
 
 def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
@@ -244,7 +253,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("MULTIPLIED", int(g.multiplier > 1)),
             ("EXACT", int(_exact(g, patch))),
             ("THREADS", tile.threads),
-            ("BLOCKS", _resident(g, dtype, bias, target, tile)),
+            ("BLOCKS", int(_resident(g, dtype, bias, target, tile))),
             ("STAGES", tile.stages),
             ("ROWS", patch.rows),
             ("COLUMNS", patch.columns),
@@ -258,7 +267,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
         ),
         grid=grid,
         block=tile.threads,
-        shared_bytes=_shared_bytes(g, dtype, bias, tile),
+        shared_bytes=int(_shared_bytes(g, dtype, bias, tile)),
         parameters=(
             ("multiplier", g.multiplier),
             ("K", g.K),
@@ -284,15 +293,15 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
     return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
 
 
-def _exact(g: Conv2dGeometry, patch: Patch) -> bool:
+def _exact(g: Conv2dGeometry, patch: Patch) -> Any:
     """Whether patches end where dy does."""
-    return g.P % (patch.rows * patch.spacing[0]) == 0 and g.Q % (patch.columns * patch.spacing[1]) == 0
+    return (g.P % (patch.rows * patch.spacing[0]) == 0) & (g.Q % (patch.columns * patch.spacing[1]) == 0)
 
 
-def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
+def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> Any:
     """For the units under way; in the end for the sums of every thread."""
     sums = (g.R * g.S + bias) * tile.threads * sum_bytes(dtype)
-    return max(tile.stages * (tile.x_bytes + tile.dy_bytes), sums)
+    return np.maximum(tile.stages * (tile.x_bytes + tile.dy_bytes), sums)
 
 
 def _patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
@@ -360,67 +369,78 @@ def _patches(g: Conv2dGeometry, dtype: str, aligned: bool) -> Iterator[Patch]:
 
 def tiles_of_runs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[Tile]:
     """The tiles that fit the device's shared memory."""
+    return iter(dict.fromkeys(each_of(*_table(g, dtype, bias, target, aligned))))
+
+
+def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> tuple[Tile, Any]:
+    """All tiles as one of arrays, and which of them fit."""
     size = DTYPES[dtype][1]
     budget = target.shared_per_block - SHARED_RESERVE
-    reach = (g.R - 1) * g.dilation[0] + 1
-    for patch in _patches(g, dtype, aligned):
-        group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
-        column_items = -(-g.Q // group_columns) * patch.spacing[1]
-        all_groups = -(-g.P // group_rows)
-        for groups in (*(n for n in _GROUPS if n < all_groups), all_groups):
-            block_rows = min(g.P, groups * group_rows)
-            row_items = groups * patch.spacing[0]
-            items = row_items * column_items
-            input_rows = (block_rows - 1) * g.stride[0] + reach
-            if (input_rows + max(0, *g.padding[0])) * g.W > 2**31 - 1:
-                break  # offsets of rows, those in the padding too, are 32-bit integers
-            input_rows = min(input_rows, g.H)
-            if (input_rows * g.W + block_rows * g.Q) * size > budget or items > MAX_DIVIDEND:
-                break
-            for threads in _THREADS:
-                most = max(1, min(threads // items, g.K)) if block_rows == g.P else 1
-                for planes, stages in product(sorted({-(-most // part) for part in (1, 2, 4)}), _STAGES):
-                    x_planes = min(planes, (planes - 2) // g.multiplier + 2) if planes > 1 else 1
-                    tile = Tile(
-                        patch=patch,
-                        block_rows=block_rows,
-                        block_planes=planes,
-                        row_items=row_items,
-                        column_items=column_items,
-                        threads=threads,
-                        stages=stages,
-                        slabs=1,
-                        # A vector more, since a row's first and last may be loaded in part.
-                        x_bytes=run_bytes(((x_planes - 1) * g.H * g.W + input_rows * g.W + 2 * patch.vector) * size),
-                        dy_bytes=run_bytes(((planes - 1) * g.P * g.Q + block_rows * g.Q) * size),
-                    )
-                    if _shared_bytes(g, dtype, bias, tile) <= budget:
-                        yield from _slabs(g, dtype, bias, target, tile)
+    patches = list(_patches(g, dtype, aligned))
+    if not patches:
+        raise Unsuitable(f"{g.R} x {g.S} taps do not fit registers")
+    # Axes: patches, patches of a unit one below the other, threads, parts of the planes there are threads for, stages.
+    patch = stack(patches, 4)
+    group_rows, group_columns = patch.rows * patch.spacing[0], patch.columns * patch.spacing[1]
+    column_items = -(-g.Q // group_columns) * patch.spacing[1]
+    all_groups = -(-g.P // group_rows)
+    some_groups, threads, parts, stages = (
+        axis_of(_GROUPS, 3),
+        axis_of(_THREADS, 2),
+        axis_of((4, 2, 1), 1),
+        axis_of(_STAGES, 0),
+    )
+    groups = np.concatenate((np.minimum(some_groups, all_groups), all_groups), axis=1)
+    block_rows = np.minimum(g.P, groups * group_rows)
+    row_items: Any = groups * patch.spacing[0]
+    items = row_items * column_items
+    input_rows = (block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
+    # Offsets of rows, those in the padding too, are 32-bit integers.
+    fits = (input_rows + max(0, *g.padding[0])) * g.W <= 2**31 - 1
+    input_rows = np.minimum(input_rows, g.H)
+    fits = fits & ((input_rows * g.W + block_rows * g.Q) * size <= budget) & (items <= MAX_DIVIDEND)
+    most = np.where(block_rows == g.P, np.clip(threads // items, 1, g.K), 1)
+    planes: Any = -(-most // parts)
+    x_planes = np.minimum(planes, (planes - 2) // g.multiplier + 2)
+    tile = Tile(
+        patch=patch,
+        block_rows=block_rows,
+        block_planes=planes,
+        row_items=row_items,
+        column_items=column_items,
+        threads=threads,
+        stages=stages,
+        slabs=1,
+        # A vector more, since a row's first and last may be loaded in part.
+        x_bytes=run_bytes(((x_planes - 1) * g.H * g.W + input_rows * g.W + 2 * patch.vector) * size),
+        dy_bytes=run_bytes(((planes - 1) * g.P * g.Q + block_rows * g.Q) * size),
+    )
+    # Each once: fewer groups than all, and other planes than a smaller part.
+    fits = fits & np.concatenate((some_groups < all_groups, all_groups > 0), axis=1)
+    fits = fits & np.concatenate((most > 0, np.diff(planes, axis=3) > 0), axis=3)
+    return _slabs(g, dtype, bias, target, those_of(tile, fits & (_shared_bytes(g, dtype, bias, tile) <= budget), 1))
 
 
-def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> int:
+def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
     """Blocks that a multiprocessor holds at once, of the registers that a patch is allowed: the compiler is held to
     them."""
-    return max(
-        1,
-        min(
-            target.shared_per_multiprocessor // (_shared_bytes(g, dtype, bias, tile) + SHARED_RESERVE),
-            2048 // tile.threads,
-            65536 // (tile.patch.registers * tile.threads),
-        ),
-    )
+    by_shared = target.shared_per_multiprocessor // (_shared_bytes(g, dtype, bias, tile) + SHARED_RESERVE)
+    by_registers = 65536 // (tile.patch.registers * tile.threads)
+    return np.maximum(1, np.minimum(by_shared, np.minimum(2048 // tile.threads, by_registers)))
 
 
-def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Iterator[Tile]:
-    """The tile with as many slabs as fill the device once, with half as many, and with one, which takes one launch."""
+def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> tuple[Tile, Any]:
+    """The tiles with as many slabs as fill the device once, with half as many, and with one, which takes one launch, on
+    one more axis. All of them fit."""
     units = g.N * -(-g.P // tile.block_rows)
     groups = -(-g.K // tile.block_planes)
     blocks = target.multiprocessors * _resident(g, dtype, bias, target, tile)
-    for slabs in {1, *(max(1, min(units, blocks // part // groups)) for part in (1, 2))}:
-        yield replace(tile, slabs=slabs)
+    some = np.maximum(1, np.minimum(units, blocks // axis_of((1, 2), 0) // groups))
+    slabs: Any = np.concatenate((np.ones_like(units), some), axis=1)
+    return replace(tile, slabs=slabs), np.ones(slabs.shape, bool)
 
 
-def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:
+def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
     """What ranks tiles: the time of a launch, up to a factor.
 
     The weights were fitted to the times of 4,300 tiles (15 cases in float32 and float16 on an H200): of those measured,
@@ -435,29 +455,29 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     slabs = -(-units // block_units)
     # Lanes with nothing to do, and the last unit of a plane with few rows left.
     idle = -(-tile.block_planes * items // tile.threads) * tile.threads * patch.rows * patch.columns / elements
-    idle *= row_units * tile.block_rows / g.P
+    idle = idle * (row_units * tile.block_rows / g.P)
     needed = (tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1
-    halo = 1.0 if row_units == 1 else needed / (tile.block_rows * g.stride[0])
+    halo = np.where(row_units == 1, 1.0, needed / (tile.block_rows * g.stride[0]))
     # Every scheduler has so many warps to choose from: few of them leave it waiting.
     resident = _resident(g, dtype, bias, target, tile)
     filled = slabs * -(-g.K // tile.block_planes) / target.multiprocessors
-    active = min(resident, filled)
-    busy = 1 - math.exp(-0.77 * active * tile.threads / 128)
+    active = np.minimum(resident, filled)
+    busy = 1 - np.exp(-0.77 * active * tile.threads / 128)
     # A unit's work whatever it holds; the sums in the end, which are added across threads where several share a plane.
     entries = g.R * g.S + bias
-    plane_threads = items if tile.block_planes > 1 else tile.threads
+    plane_threads = np.where(tile.block_planes > 1, items, tile.threads)
     added = entries * (tile.threads + (plane_threads > 1) * tile.block_planes * plane_threads)
     once = (106 * added + 134 * tile.threads) / (elements * block_units)
     # Bounds, where a patch may reach beyond its unit.
-    slots = patch.slots + (0 if _exact(g, patch) else 9.4)
+    slots = patch.slots + np.where(_exact(g, patch), 0, 9.4)
     issue = (slots * idle + 43 * tile.threads / elements + once + 0.48 * patch.passes * idle) / 128 / busy
     moved = (halo * g.x_size / g.y_size + 1) * size
-    if slabs > 1:
-        moved += 8 * entries * tile.block_planes / (elements * block_units)
+    moved = moved + np.where(slabs > 1, 8 * entries * tile.block_planes / (elements * block_units), 0)
     # The less is on its way to a multiprocessor, the longer it takes.
     memory = 10.4 / 18 * moved * (1 + 140 / (active * _shared_bytes(g, dtype, bias, tile)))
     # Some multiprocessors have a block more than others.
-    uneven = math.ceil(filled) / filled if filled < resident else math.ceil(filled / resident) * resident / filled
-    time = max(issue, memory) + 2.6 * min(issue, memory) + 61 / (active * elements)
+    rounds = np.where(filled < resident, np.ceil(filled), np.ceil(filled / resident) * resident)
+    uneven = rounds / filled
+    time = np.maximum(issue, memory) + 2.6 * np.minimum(issue, memory) + 61 / (active * elements)
     # Another launch takes 2.5 us.
     return time * (1 + 0.064 * (uneven - 1)) * g.y_size / target.multiprocessors + 8_000 * (slabs > 1)

@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import math
 import os
 import shutil
 import subprocess
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,9 +74,12 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 class ndarray(np.ndarray):
+    def __new__(cls, shape: Any, dtype: Any = float) -> ndarray:
+        return empty(shape, dtype)
+
     @property
     def data(self) -> SimpleNamespace:  # type: ignore[override]
-        return SimpleNamespace(ptr=self.ctypes.data)
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=0)
 
     @property
     def device(self) -> Device:  # type: ignore[override]
@@ -117,23 +122,12 @@ class Device:
     def compute_capability(self) -> str:
         return settings.compute_capability
 
-    @property
-    def attributes(self) -> dict[str, int]:
-        return {
-            "MultiProcessorCount": settings.multiprocessors,
-            "MaxSharedMemoryPerBlockOptin": settings.shared_per_block,
-            "MaxSharedMemoryPerMultiprocessor": settings.shared_per_multiprocessor,
-        }
-
-
-cuda = SimpleNamespace(Device=Device, runtime=SimpleNamespace(getDevice=lambda: 0))
-
 
 class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
         self.code = code
         # NVRTC's other options (architecture, registers, denormals) mean nothing here.
-        self.options = tuple(option for option in options if option.startswith(("-D", "-std=")))
+        self.options = tuple(option for option in options if option.startswith(("-D", "--std=")))
 
     def get_function(self, name: str) -> _Kernel:
         architecture = f"-D__CUDA_ARCH__={settings.compute_capability}0"
@@ -197,6 +191,23 @@ class _Kernel:
         self._library = library
         self.max_dynamic_shared_size_bytes = DEFAULT_SHARED
 
+        _loaded[self.ptr] = self
+
+    @property
+    def kernel(self) -> _Kernel:
+        """What is launched on the current device: there is only one."""
+        return self
+
+    @property
+    def ptr(self) -> int:
+        return id(self)
+
+    @property
+    def parameter_sizes(self) -> list[int]:
+        """Bytes of each of the kernel's parameters."""
+        sizes = self._library.parameter_sizes()
+        return list(itertools.takewhile(lambda size: size >= 0, (sizes[i] for i in itertools.count())))
+
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
     ) -> None:
@@ -211,11 +222,7 @@ class _Kernel:
                 f"max_dynamic_shared_size_bytes and {settings.shared_per_block} by the device"
             )
         values = [_argument(value) for value in args]
-        wanted = []
-        for size in self._library.parameter_sizes():
-            if size < 0:
-                break
-            wanted.append(size)
+        wanted = self.parameter_sizes
         if [len(value) for value in values] != wanted:
             raise ValueError(f"the parameters have {wanted} bytes, the arguments {[len(value) for value in values]}")
         buffers = [ctypes.create_string_buffer(value, len(value)) for value in values]
@@ -226,3 +233,35 @@ class _Kernel:
         problem = self._library.launch(pointers, how)
         if problem:
             raise RuntimeError(problem.decode())
+
+
+# By what stands for a CUfunction; gone with the kernel, as the code on a device is gone with its module.
+_loaded: weakref.WeakValueDictionary[int, _Kernel] = weakref.WeakValueDictionary()
+
+
+def _launch_kernel(function: int, *numbers: int) -> None:
+    """cuLaunchKernel: grid, block, shared memory, stream, the address of as many pointers as there are parameters, and
+    nothing extra."""
+    *extents, shared_mem, _, pointers, _ = numbers
+    kernel = _loaded[function]
+    sizes = kernel.parameter_sizes
+    values = [
+        np.frombuffer(ctypes.string_at(pointer, size), f"V{size}")[0]
+        for pointer, size in zip((ctypes.c_void_p * len(sizes)).from_address(pointers), sizes, strict=True)
+    ]
+    kernel(tuple(extents[:3]), tuple(extents[3:]), tuple(values), shared_mem=shared_mem)
+
+
+cuda = SimpleNamespace(
+    Device=Device,
+    driver=SimpleNamespace(ctxGetCurrent=lambda: 1, launchKernel=_launch_kernel),
+    get_current_stream=lambda: SimpleNamespace(ptr=0),
+    runtime=SimpleNamespace(
+        getDevice=lambda: 0,
+        # Attributes are the names of settings.
+        deviceGetAttribute=lambda attribute, _: getattr(settings, attribute),
+        cudaDevAttrMultiProcessorCount="multiprocessors",
+        cudaDevAttrMaxSharedMemoryPerBlockOptin="shared_per_block",
+        cudaDevAttrMaxSharedMemoryPerMultiprocessor="shared_per_multiprocessor",
+    ),
+)
