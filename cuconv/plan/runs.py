@@ -403,7 +403,7 @@ def _table(g: Conv2dGeometry, dtype: str, choices: list[Patch], budget: int) -> 
     column_groups = -(-(g.Q + patch.paired) // group_columns)
     column_items = column_groups * group_columns // patch.columns
     # Columns that a thread may look at behind the last row, though it may not store what comes of them.
-    overhang = 2 * patch.vector
+    overhang: Any = 2 * patch.vector
     last = _met((column_groups * group_columns - 1) * g.stride[1] + reach[1], by_w, first_w) - g.padding[1][0]
     overhang = overhang + np.where(patch.paired | (not g.padded), np.maximum(0, last - g.W), 0)
     all_groups = -(-g.P // group_rows)
