@@ -1,0 +1,262 @@
+"""Channels-last arrays (NHWC in memory) through shared memory: see cuda/depthwise_channels_last_staged.cu."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from ..geometry import Conv2dGeometry, Pair
+from .base import (
+    DTYPES,
+    MAX_DIVIDEND,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    magic,
+    plane_parameters,
+)
+from .runs import dense_dgrad_as_forward
+
+# Weights live in registers, and kernels are unrolled over them.
+MAX_TAPS = 64
+_COLUMNS = (16, 14, 8, 7, 6, 5, 4, 3, 2)
+_STAGES = (3, 4, 6)
+_PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_IMAGES = (1, 2, 3, 4, 6, 8)
+_BLOCK_PIXELS = (1, 2, 3, 4, 6, 8)
+_MAX_THREADS = 512
+_MAX_REGISTERS = 200
+_MAX_PRODUCTS = 2800
+_MAX_STRIDE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one thread makes, rows x columns outputs of `vector` channels; and of what a block consists: `groups` vectors
+    of channels of `strips` strips of columns of `images` images.
+
+    The rows of a strip are spacing[0] apart, and as a convolution of their own have stride[0]; columns likewise.
+    """
+
+    vector: int
+    groups: int
+    rows: int
+    columns: int
+    strips: int
+    images: int
+    stages: int
+    blocks: int
+    copy: int
+    stride: Pair
+    spacing: Pair
+
+    @property
+    def channels(self) -> int:
+        return self.vector * self.groups
+
+    @property
+    def threads(self) -> int:
+        return -(-self.groups * self.strips * self.images // 32) * 32
+
+
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(g, dtype, target, aligned, turned=False)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(dense_dgrad_as_forward(g), dtype, target, aligned, turned=True)
+
+
+def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool) -> Plan:
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if target.architecture < 80:
+        raise Unsuitable(f"needs compute capability 8.0, and the device has {target.architecture / 10}")
+    if dtype == "float64":
+        raise Unsuitable("takes no float64")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    if g.multiplier > 1:
+        raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
+    size = DTYPES[dtype][1]
+    if _copy(g, size, aligned) < 4:
+        raise Unsuitable(f"copies words of 4 bytes, and pixels have {g.K} channels of {size}")
+    choices = list(tiles(g, dtype, target, aligned))
+    if not choices:
+        raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
+    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile)), turned)
+
+
+def _copy(g: Conv2dGeometry, size: int, aligned: bool) -> int:
+    return math.gcd(g.K * size, VECTOR_BYTES) if aligned else size
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
+    size = DTYPES[dtype][1]
+    column_items, row_items = _items(g, tile)
+    column_blocks = -(-column_items // tile.strips)
+    pixels = _pixels(g, tile)
+    grid = (-(-g.K // tile.channels) * column_blocks, row_items, -(-g.N // tile.images))
+    if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
+        raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
+    if tile.images * g.H * g.W * g.K > MAX_GRID[0] or tile.images * pixels > MAX_DIVIDEND:
+        raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
+    copies = tile.images * pixels * tile.channels * size // tile.copy
+    return Plan(
+        source="depthwise_channels_last_staged",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("TURNED", int(turned)),
+            ("THREADS", tile.threads),
+            ("BLOCKS", tile.blocks),
+            ("VECTOR", tile.vector),
+            ("GROUPS", tile.groups),
+            ("COLUMNS", tile.columns),
+            ("STRIPS", tile.strips),
+            ("IMAGES", tile.images),
+            ("STAGES", tile.stages),
+            ("COPY", tile.copy),
+            ("COPIES", -(-copies // tile.threads)),
+            ("STRIDE_H", tile.stride[0]),
+            ("STRIDE_W", tile.stride[1]),
+            ("DILATED", int(g.dilation != (1, 1))),
+            ("EXACT", int(tile.columns * column_items == g.Q)),
+        ),
+        grid=grid,
+        block=tile.threads,
+        shared_bytes=_shared_bytes(g, tile, size),
+        parameters=(
+            ("N", g.N),
+            ("K", g.K),
+            *plane_parameters(g),
+            ("spacing_h", tile.spacing[0]),
+            ("spacing_w", tile.spacing[1]),
+            ("rows", tile.rows),
+            ("column_blocks", column_blocks),
+            ("pixels", pixels),
+            ("pixels_magic", magic(pixels)),
+        ),
+    )
+
+
+def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold."""
+    size = DTYPES[dtype][1]
+    copy = _copy(g, size, aligned)
+    # Rows this far apart read rows that are whole dilations apart, so that they can share them.
+    common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
+    spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
+    stride = (g.stride[0] // common[0], g.stride[1] // common[1])
+    dilated = g.dilation != (1, 1)
+    widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
+    vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
+    piece = copy // size
+    columns_choices = [n for n in _COLUMNS if n < 2 * -(-g.Q // spacing[1])] or [1]
+    spanning = [n for n in columns_choices if n * spacing[1] >= g.Q]
+    columns_choices = [n for n in columns_choices if n not in spanning[:-1]]
+    down = -(-g.P // spacing[0])
+    rows_choices = sorted({-(-down // pieces) for pieces in _PIECES})
+    channel_choices = _channel_choices(g.K, piece)
+    for columns, vector in product(columns_choices, vectors):
+        registers = _registers(g, stride, columns, vector, size)
+        if registers > _MAX_REGISTERS or _products(g, stride, columns, vector) > _MAX_PRODUCTS:
+            continue
+        column_items = -(-g.Q // (columns * spacing[1])) * spacing[1]
+        strips_choices = {column_items} if dilated else {-(-column_items // n) for n in _BLOCK_PIXELS}
+        strips_choices |= set() if dilated else {n for n in (1, 2, 4, 8) if n < column_items}
+        for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
+            if channels % vector or (images > 1 and (strips < column_items or images > g.N)):
+                continue
+            groups = channels // vector
+            threads = -(-groups * strips * images // 32) * 32
+            if not 64 <= threads <= _MAX_THREADS and (threads > 64 or channels < channel_choices[-1]):
+                continue
+            for stages in _STAGES:
+                bare = Tile(vector, groups, 1, columns, strips, images, stages, 1, copy, stride, spacing)
+                shared = _shared_bytes(g, bare, size)
+                if shared > target.shared_per_block - SHARED_RESERVE:
+                    continue
+                blocks = min(
+                    2048 // threads,
+                    65536 // (registers * threads),
+                    target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
+                )
+                if blocks < 1:
+                    continue
+                for rows in rows_choices:
+                    yield Tile(
+                        vector, groups, rows, columns, strips, images, stages, blocks, copy, stride, spacing
+                    )
+
+
+def _channel_choices(K: int, piece: int) -> list[int]:
+    """Channels of a block: divisors of K, or what leaves few threads idle."""
+    whole = [n for n in range(piece, min(K, 256) + 1, piece) if K % n == 0 and n >= 16]
+    some = [n for n in (32, 64, 128) if n < K and n % piece == 0]
+    return sorted({*whole, *some}) or [-(-K // piece) * piece]
+
+
+def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> int:
+    """Registers that a thread is to have."""
+    values = _ring(g, stride) * columns + g.R * g.S + (columns - 1) * stride[1] + g.S
+    return min(255, -(-(values * vector + 30) // 8) * 8)
+
+
+def _products(g: Conv2dGeometry, stride: Pair, columns: int, vector: int) -> int:
+    return g.R * g.S * columns * vector * _ring(g, stride)
+
+
+def _ring(g: Conv2dGeometry, stride: Pair) -> int:
+    """kRing: rows of sums on the way."""
+    return -(-g.R // stride[0])
+
+
+def _items(g: Conv2dGeometry, tile: Tile) -> Pair:
+    """Strips side by side, and one below the other: one for each of `spacing` beginnings."""
+    across = -(-g.Q // (tile.columns * tile.spacing[1])) * tile.spacing[1]
+    down = -(-g.P // (tile.rows * tile.spacing[0])) * tile.spacing[0]
+    return across, down
+
+
+def _pixels(g: Conv2dGeometry, tile: Tile) -> int:
+    """Columns of x from the first that a block's strips need to the last."""
+    strip = tile.strips - 1
+    last = strip + strip // tile.spacing[1] * (tile.columns - 1) * tile.spacing[1]
+    span = (tile.columns - 1) * tile.stride[1] + g.S
+    return last * g.stride[1] + (span - 1) * g.dilation[1] + 1
+
+
+def _shared_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+    """The ring of rows, and the weights of a block's channels."""
+    return (tile.stages * tile.images * _pixels(g, tile) + g.R * g.S) * tile.channels * size
+
+
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
+    """What ranks tiles: issue slots an output, and what else takes time in the same unit."""
+    size = DTYPES[dtype][1]
+    column_items, row_items = _items(g, tile)
+    column_blocks = -(-column_items // tile.strips)
+    blocks = -(-g.K // tile.channels) * column_blocks * row_items * -(-g.N // tile.images)
+    outputs = tile.rows * tile.columns * tile.vector
+    idle = blocks * tile.threads * outputs / g.y_size
+    rows = (tile.rows - 1) * tile.stride[0] + g.R
+    span = (tile.columns - 1) * tile.stride[1] + g.S
+    copies = tile.images * _pixels(g, tile) * tile.channels * size / tile.copy / tile.threads
+    narrow = size == 2
+    of_row = span * (1 + tile.vector * narrow) + 4 * copies + 25
+    of_output = g.R * g.S + (2.5 / tile.vector) + 0.5 * narrow + 1
+    slots = rows * of_row / outputs + of_output + (150 + 1.5 * g.R * g.S * tile.vector + 20 * copies) / outputs
+    warps = tile.blocks * tile.threads / 32
+    busy = 1 - math.exp(-0.25 * warps)
+    waves = blocks / (target.multiprocessors * tile.blocks)
+    uneven = math.ceil(waves) / waves if waves < 6 else 1 + 0.5 / waves
+    memory = 7 * size * (1 + g.x_size / g.y_size * (1 + 0.1 * (rows / (tile.rows * tile.stride[0]) - 1)))
+    issue = slots * idle / busy
+    return (max(issue, memory) + 0.2 * min(issue, memory)) * uneven
