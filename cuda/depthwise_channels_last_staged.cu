@@ -12,9 +12,9 @@
 //
 // Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds
 // the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS (vectors of a
-// block); COLUMNS (of a strip); STRIPS (side by side in a block); IMAGES (of a block); STAGES (rows of the ring); COPY (bytes
-// of a copy: they divide a pixel's and a block's channels, and x starts at a multiple of them); COPIES (of a thread and row);
-// STRIDE_H, STRIDE_W (of the strip, see below); DILATED; EXACT (all columns of every strip exist).
+// block); COLUMNS (of a strip); STAGES (rows of the ring); COPY (bytes of a copy: they divide a pixel's and a block's channels,
+// and x starts at a multiple of them); COPIES (of a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED;
+// EXACT (all columns of every strip exist).
 //
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A strip of rows so far
 // apart is one of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise; a block then
@@ -33,8 +33,6 @@ constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kVector = CUCONV_VECTOR;
 constexpr int kGroups = CUCONV_GROUPS;
 constexpr int kColumns = CUCONV_COLUMNS;
-constexpr int kStrips = CUCONV_STRIPS;
-constexpr int kImages = CUCONV_IMAGES;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kCopy = CUCONV_COPY;
 constexpr int kCopies = CUCONV_COPIES;
@@ -57,7 +55,6 @@ constexpr int kPieces = kChannels / kPiece;
 
 static_assert(kStages >= 2, "a row is copied while another is read");
 static_assert(kChannels % kPiece == 0, "a pixel of a block is whole copies");
-static_assert(kImages * kStrips * kGroups <= kThreads, "every strip has its threads");
 
 struct Parameters {
   int N, K;
@@ -67,9 +64,11 @@ struct Parameters {
   int dilation_h, dilation_w;
   int spacing_h, spacing_w;    // rows and columns from one output of a strip to the next
   int rows;                    // outputs of a strip, one below the other
+  int strips;                  // side by side in a block
+  int images;                  // of a block; they and their strips have kGroups threads each
   int column_blocks;           // blocks side by side
   int pixels;                  // columns of x that a block's strips need
-  uint32 pixels_magic;         // see divide
+  uint32 strips_magic, pixels_magic;  // see divide
 };
 
 // The place in the ring of the row that row i of a block's input meets through kernel row r, or -1 where there is none.
@@ -86,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int channel_block = static_cast<int>(blockIdx.x) / g.column_blocks;
   const int column_block = static_cast<int>(blockIdx.x) - channel_block * g.column_blocks;
   const int first_channel = channel_block * kChannels;
-  const int first_image = static_cast<int>(blockIdx.z) * kImages;
+  const int first_image = static_cast<int>(blockIdx.z) * g.images;
   const int unit_h = kDilated ? g.dilation_h : 1;
   const int unit_w = kDilated ? g.dilation_w : 1;
   const int spacing_h = kDilated ? g.spacing_h : 1;
@@ -98,22 +97,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int last = (min(p + g.rows * spacing_h, g.P) - 1 - p) / spacing_h;
   const int inputs = last * kStrideH + kR;
   int row = p * g.stride_h - g.top;
-  const int first_column = (kDilated ? 0 : column_block * kStrips * kColumns * g.stride_w) - g.left;
+  const int first_column = (kDilated ? 0 : column_block * g.strips * kColumns * g.stride_w) - g.left;
 
   // What the thread copies of every row: where it is in x, from the first column of the first image on, or -1.
   T* const ring = reinterpret_cast<T*>(shared);
-  const int stage_size = kImages * g.pixels * kChannels;
+  const int stage_size = g.images * g.pixels * kChannels;
   int copied[kCopies];
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
     const int item = i * kThreads + thread;
     const int pixel = item / kPieces;
-    const int image = kImages == 1 ? 0 : divide(pixel, g.pixels_magic);
+    const int image = divide(pixel, g.pixels_magic);
     const int of_image = pixel - image * g.pixels;
     const int column = first_column + of_image;
     const int channel = first_channel + (item - pixel * kPieces) * kPiece;
-    const bool exists = image < kImages && of_image < g.pixels && first_image + image < g.N && within(column, g.W) &&
-                        channel < g.K;
+    const bool exists = image < g.images && first_image + image < g.N && within(column, g.W) && channel < g.K;
     copied[i] = exists ? (image * g.H * g.W + column) * g.K + channel : -1;
     if (!exists && item * kPiece < stage_size) {
       for (int stage = 0; stage < kStages; ++stage)
@@ -155,11 +153,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const int strip = thread / kGroups;
   const int group = thread - strip * kGroups;
-  const int image = strip / kStrips;
+  const int image = divide(strip, g.strips_magic);
   const int k = first_channel + group * kVector;
-  const int q = patch_start<kDilated>(column_block * kStrips + strip - image * kStrips, kColumns, spacing_w);
+  const int q = patch_start<kDilated>(column_block * g.strips + strip - image * g.strips, kColumns, spacing_w);
   // Columns that exist from q on.
-  const int columns = image < kImages && first_image + image < g.N && k < g.K ? max(0, g.Q - q) : 0;
+  const int columns = image < g.images && first_image + image < g.N && k < g.K ? max(0, g.Q - q) : 0;
   // Threads without any look at the first.
   const int own_column = columns > 0 ? q * g.stride_w - g.left - first_column : 0;
   const T* const window = ring + ((columns > 0 ? image : 0) * g.pixels + own_column) * kChannels + group * kVector;

@@ -85,7 +85,7 @@ def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: 
         raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
     size = DTYPES[dtype][1]
     if _copy(g, size, aligned) < 4:
-        raise Unsuitable(f"copies words of 4 bytes, and pixels have {g.K} channels of {size}")
+        raise Unsuitable(f"copies words of 4 bytes of aligned arrays, and has {g.K} channels of {size} bytes")
     choices = list(tiles(g, dtype, target, aligned))
     if not choices:
         raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
@@ -104,7 +104,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
     grid = (-(-g.K // tile.channels) * column_blocks, row_items, -(-g.N // tile.images))
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
-    if tile.images * g.H * g.W * g.K > MAX_GRID[0] or tile.images * pixels > MAX_DIVIDEND:
+    if tile.images * g.H * g.W * g.K > MAX_GRID[0] or tile.images * pixels + tile.threads > MAX_DIVIDEND:
         raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
     copies = tile.images * pixels * tile.channels * size // tile.copy
     return Plan(
@@ -119,8 +119,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("VECTOR", tile.vector),
             ("GROUPS", tile.groups),
             ("COLUMNS", tile.columns),
-            ("STRIPS", tile.strips),
-            ("IMAGES", tile.images),
             ("STAGES", tile.stages),
             ("COPY", tile.copy),
             ("COPIES", -(-copies // tile.threads)),
@@ -139,8 +137,11 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("spacing_h", tile.spacing[0]),
             ("spacing_w", tile.spacing[1]),
             ("rows", tile.rows),
+            ("strips", tile.strips),
+            ("images", tile.images),
             ("column_blocks", column_blocks),
             ("pixels", pixels),
+            ("strips_magic", magic(tile.strips)),
             ("pixels_magic", magic(pixels)),
         ),
     )
