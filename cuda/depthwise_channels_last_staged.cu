@@ -7,14 +7,16 @@
 // a row of its strip into registers and meets it with all rows of outputs that need it, whose sums are a ring in registers;
 // a row of outputs is stored as soon as its last row of x has been there. The weights are in registers too.
 //
-// Rows of x in the padding are passed over, and so is what would meet rows of outputs outside of the block. Padding is a zero
-// that takes part all the same: where a weight is not finite, its products with passed zeros are added in the end.
+// Rows of x in the padding are passed over, and so is what would meet rows of outputs outside of the block; columns too, where
+// a strip is as wide as y. Padding is a zero that takes part all the same: where a weight of the block is not finite, products
+// with the zeros that were passed over are added in the end.
 //
 // Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds
 // the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS (vectors of a
 // block); COLUMNS (of a strip); STAGES (rows of the ring); COPY (bytes of a copy: they divide a pixel's and a block's channels,
 // and x starts at a multiple of them); COPIES (of a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED;
-// EXACT (all columns of every strip exist).
+// EXACT (all columns of every strip exist); WIDTH (of x, where a strip is as wide as y and this is known, or 0) and LEFT (then
+// the padding before it).
 //
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A strip of rows so far
 // apart is one of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise; a block then
@@ -40,6 +42,8 @@ constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
 constexpr bool kExact = CUCONV_EXACT;
+constexpr int kWidth = CUCONV_WIDTH;
+constexpr int kLeft = CUCONV_LEFT;
 
 constexpr int kTaps = kR * kS;
 constexpr int kChannels = kGroups * kVector;
@@ -55,6 +59,9 @@ constexpr int kPieces = kChannels / kPiece;
 
 static_assert(kStages >= 2, "a row is copied while another is read");
 static_assert(kChannels % kPiece == 0, "a pixel of a block is whole copies");
+
+// Whether column j of what a strip needs is copied, or else known to be padding.
+__device__ __forceinline__ constexpr bool column_copied(int j) { return kWidth == 0 || (kLeft <= j && j < kLeft + kWidth); }
 
 struct Parameters {
   int N, K;
@@ -97,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int last = (min(p + g.rows * spacing_h, g.P) - 1 - p) / spacing_h;
   const int inputs = last * kStrideH + kR;
   int row = p * g.stride_h - g.top;
-  const int first_column = (kDilated ? 0 : column_block * g.strips * kColumns * g.stride_w) - g.left;
+  const int first_column = kWidth ? 0 : (kDilated ? 0 : column_block * g.strips * kColumns * g.stride_w) - g.left;
 
   // What the thread copies of every row: where it is in x, from the first column of the first image on, or -1.
   T* const ring = reinterpret_cast<T*>(shared);
@@ -159,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // Columns that exist from q on.
   const int columns = image < g.images && first_image + image < g.N && k < g.K ? max(0, g.Q - q) : 0;
   // Threads without any look at the first.
-  const int own_column = columns > 0 ? q * g.stride_w - g.left - first_column : 0;
+  const int own_column = columns > 0 && !kWidth ? q * g.stride_w - g.left - first_column : 0;
   const T* const window = ring + ((columns > 0 ? image : 0) * g.pixels + own_column) * kChannels + group * kVector;
   const int unit = unit_w * kChannels;
 
@@ -186,13 +193,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int u = 0; u < kPeriod; ++u) {
       if (u > 0 && left <= u) return;
       ptx::copy_async_wait<kStages - 2>();
-      __syncthreads();
+      if (kThreads == 32) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
       copy(own_pieces + free_stage);
       if (within(row, g.H)) {
         Sum value[kSpan][kVector];
         const T* const own_row = window + stage;
 #pragma unroll
-        for (int j = 0; j < kSpan; ++j) load_widened<kVector>(own_row + j * unit, true, value[j]);
+        for (int j = 0; j < kSpan; ++j)
+          if (column_copied(j)) load_widened<kVector>(own_row + (j - kLeft) * unit, true, value[j]);
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
           const int place = row_met(u, r);
@@ -201,10 +213,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
           for (int s = 0; s < kS; ++s)
 #pragma unroll
-            for (int v = 0; v < kColumns; ++v)
+            for (int v = 0; v < kColumns; ++v) {
+              const int j = v * kStrideW + s;
+              if (!column_copied(j)) continue;
+              const bool first = r == 0 && (s == 0 || !column_copied(j - 1));
 #pragma unroll
               for (int e = 0; e < kVector; ++e)
-                sum[place][v][e] = fma(value[v * kStrideW + s][e], weight[r][s][e], r == 0 && s == 0 ? start[e] : sum[place][v][e]);
+                sum[place][v][e] = fma(value[j][e], weight[r][s][e], first ? start[e] : sum[place][v][e]);
+            }
         }
       } else if (const int place = row_met(u, 0); place >= 0) {
 #pragma unroll
@@ -217,14 +233,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           if (careful) {
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
-              Sum passed = 0;
+              const T* from = staged + (group * kVector + e) * kTaps + (kTurned ? kTaps - 1 : 0);
 #pragma unroll 1
-              for (int tap = 0; tap < kTaps; ++tap) {
-                const int from = (group * kVector + e) * kTaps + (kTurned ? kTaps - 1 - tap : tap);
-                if (!within(row - (kR - 1 - tap / kS) * unit_h, g.H)) passed = fma(widen(staged[from]), Sum(0), passed);
-              }
+              for (int r = 0; r < kR; ++r) {
+                const bool row_copied = within(row - (kR - 1 - r) * unit_h, g.H);
+#pragma unroll 1
+                for (int s = 0; s < kS; ++s) {
+                  const Sum passed = widen(*from) * Sum(0);
+                  from += kTurned ? -1 : 1;
 #pragma unroll
-              for (int v = 0; v < kColumns; ++v) sum[place][v][e] += passed;
+                  for (int v = 0; v < kColumns; ++v)
+                    if (!row_copied || !column_copied(v * kStrideW + s)) sum[place][v][e] += passed;
+                }
+              }
             }
           }
           result = ptx::as_it_is(result);

@@ -264,7 +264,11 @@ def check_channels_last_staged(g, chosen, dtype, dgrad):
     first = (starts // (count * values["strips"]) * count * values["strips"]) if g.dilation == (1, 1) else 0
     last = np.where(starts < extent, (starts - first + (count - 1) * spacing) * g.stride[1], 0)
     assert (last >= 0).all()
-    assert (last + (g.S - 1) * g.dilation[1] < values["pixels"]).all()
+    if defines["WIDTH"]:
+        assert (defines["WIDTH"], defines["LEFT"], defines["COLUMNS"]) == (g.W, g.padding[1][0], g.Q)
+        assert values["pixels"] == g.W
+    else:
+        assert (last + (g.S - 1) * g.dilation[1] < values["pixels"]).all()
 
 
 CHECKS = {

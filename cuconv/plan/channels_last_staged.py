@@ -24,7 +24,9 @@ from .runs import dense_dgrad_as_forward
 
 # Weights live in registers, and kernels are unrolled over them.
 MAX_TAPS = 64
-_COLUMNS = (16, 14, 8, 7, 6, 5, 4, 3, 2)
+_COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2)
+# Of narrow outputs a strip may be as wide as they are: which columns are padding is then known at compile time.
+_MAX_WIDTH = 16
 _STAGES = (3, 4, 6)
 _PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _IMAGES = (1, 2, 3, 4, 6, 8)
@@ -126,6 +128,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("STRIDE_W", tile.stride[1]),
             ("DILATED", int(g.dilation != (1, 1))),
             ("EXACT", int(tile.columns * column_items == g.Q)),
+            ("WIDTH", g.W if _whole(g, tile.columns) else 0),
+            ("LEFT", g.padding[1][0] if _whole(g, tile.columns) else 0),
         ),
         grid=grid,
         block=tile.threads,
@@ -159,15 +163,15 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Itera
     widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
     vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
     piece = copy // size
-    columns_choices = [n for n in _COLUMNS if n < 2 * -(-g.Q // spacing[1])] or [1]
-    spanning = [n for n in columns_choices if n * spacing[1] >= g.Q]
-    columns_choices = [n for n in columns_choices if n not in spanning[:-1]]
+    columns_choices = [n for n in _COLUMNS if (n - 1) * spacing[1] < g.Q] or [1]
+    if _whole(g, g.Q):
+        columns_choices = [g.Q, *(n for n in columns_choices if n < g.Q)]
     down = -(-g.P // spacing[0])
     rows_choices = sorted({-(-down // pieces) for pieces in _PIECES})
     channel_choices = _channel_choices(g.K, piece)
     for columns, vector in product(columns_choices, vectors):
         registers = _registers(g, stride, columns, vector, size)
-        if registers > _MAX_REGISTERS or _products(g, stride, columns, vector) > _MAX_PRODUCTS:
+        if min(registers) > _MAX_REGISTERS or _products(g, stride, columns, vector) > _MAX_PRODUCTS:
             continue
         column_items = -(-g.Q // (columns * spacing[1])) * spacing[1]
         strips_choices = {column_items} if dilated else {-(-column_items // n) for n in _BLOCK_PIXELS}
@@ -177,24 +181,24 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Itera
                 continue
             groups = channels // vector
             threads = -(-groups * strips * images // 32) * 32
-            if not 64 <= threads <= _MAX_THREADS and (threads > 64 or channels < channel_choices[-1]):
+            if threads > _MAX_THREADS:
                 continue
             for stages in _STAGES:
                 bare = Tile(vector, groups, 1, columns, strips, images, stages, 1, copy, stride, spacing)
                 shared = _shared_bytes(g, bare, size)
                 if shared > target.shared_per_block - SHARED_RESERVE:
                     continue
-                blocks = min(
-                    2048 // threads,
-                    65536 // (registers * threads),
-                    target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
-                )
-                if blocks < 1:
-                    continue
-                for rows in rows_choices:
+                most = target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
+                blocks_choices = {min(most, 32, 2048 // threads, 65536 // (n * threads)) for n in registers}
+                for blocks, rows in product(blocks_choices - {0}, rows_choices):
                     yield Tile(
                         vector, groups, rows, columns, strips, images, stages, blocks, copy, stride, spacing
                     )
+
+
+def _whole(g: Conv2dGeometry, columns: int) -> bool:
+    """Whether a strip of so many columns is as wide as y, and x is narrow enough to be known at compile time."""
+    return columns == g.Q and g.dilation == (1, 1) and g.W <= _MAX_WIDTH * g.stride[1] and g.Q <= _MAX_WIDTH
 
 
 def _channel_choices(K: int, piece: int) -> list[int]:
@@ -204,10 +208,11 @@ def _channel_choices(K: int, piece: int) -> list[int]:
     return sorted({*whole, *some}) or [-(-K // piece) * piece]
 
 
-def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> int:
+def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> list[int]:
     """Registers that a thread is to have."""
-    values = _ring(g, stride) * columns + g.R * g.S + (columns - 1) * stride[1] + g.S
-    return min(255, -(-(values * vector + 30) // 8) * 8)
+    span = g.W if _whole(g, columns) else (columns - 1) * stride[1] + g.S
+    values = _ring(g, stride) * columns + g.R * g.S + span
+    return [min(255, -(-(values * vector + n) // 8) * 8) for n in (16, 24, 36)]
 
 
 def _products(g: Conv2dGeometry, stride: Pair, columns: int, vector: int) -> int:
@@ -228,6 +233,8 @@ def _items(g: Conv2dGeometry, tile: Tile) -> Pair:
 
 def _pixels(g: Conv2dGeometry, tile: Tile) -> int:
     """Columns of x from the first that a block's strips need to the last."""
+    if _whole(g, tile.columns):
+        return g.W
     strip = tile.strips - 1
     last = strip + strip // tile.spacing[1] * (tile.columns - 1) * tile.spacing[1]
     span = (tile.columns - 1) * tile.stride[1] + g.S
