@@ -3,7 +3,8 @@
 //
 // A block makes strips of columns of a few images, all at the same rows, of some neighbouring channels; a thread one strip of
 // a vector of channels. The rows of x that the strips need pass one after the other through a ring in shared memory, copied
-// there several rows ahead, each element once a block, and with zeros for the columns that x does not have. A thread brings
+// there several rows ahead, each element once a block, and with zeros for the columns that x does not have; behind the last
+// row of some images come, without a pause, those of the images that the block makes next. A thread brings
 // a row of its strip into registers and meets it with all rows of outputs that need it, whose sums are a ring in registers;
 // a row of outputs is stored as soon as its last row of x has been there. The weights are in registers too.
 //
@@ -15,7 +16,7 @@
 // the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS (vectors of a
 // block); COLUMNS (of a strip); STAGES (rows of the ring); COPY (bytes of a copy: they divide a pixel's and a block's channels,
 // and x starts at a multiple of them); COPIES (of a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED;
-// EXACT (all columns of every strip exist); WIDTH (of x, where a strip is as wide as y and this is known, or 0) and LEFT (then
+// EXACT (all columns of every strip exist); TURNS (whether a block makes images in several turns); WIDTH (of x, where a strip is as wide as y and this is known, or 0) and LEFT (then
 // the padding before it).
 //
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A strip of rows so far
@@ -42,6 +43,7 @@ constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
 constexpr bool kExact = CUCONV_EXACT;
+constexpr bool kTurns = CUCONV_TURNS;
 constexpr int kWidth = CUCONV_WIDTH;
 constexpr int kLeft = CUCONV_LEFT;
 
@@ -72,7 +74,8 @@ struct Parameters {
   int spacing_h, spacing_w;    // rows and columns from one output of a strip to the next
   int rows;                    // outputs of a strip, one below the other
   int strips;                  // side by side in a block
-  int images;                  // of a block; they and their strips have kGroups threads each
+  int images;                  // of a block at a time; they and their strips have kGroups threads each
+  int turns;                   // of a block, one after the other
   int column_blocks;           // blocks side by side
   int pixels;                  // columns of x that a block's strips need
   uint32 strips_magic, pixels_magic;  // see divide
@@ -92,7 +95,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int channel_block = static_cast<int>(blockIdx.x) / g.column_blocks;
   const int column_block = static_cast<int>(blockIdx.x) - channel_block * g.column_blocks;
   const int first_channel = channel_block * kChannels;
-  const int first_image = static_cast<int>(blockIdx.z) * g.images;
+  const int first_image = static_cast<int>(blockIdx.z) * (kTurns ? g.turns * g.images : g.images);
+  const int turns = kTurns ? min(g.turns, g.N / g.images - static_cast<int>(blockIdx.z) * g.turns) : 1;
   const int unit_h = kDilated ? g.dilation_h : 1;
   const int unit_w = kDilated ? g.dilation_w : 1;
   const int spacing_h = kDilated ? g.spacing_h : 1;
@@ -103,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   if (p >= g.P) return;
   const int last = (min(p + g.rows * spacing_h, g.P) - 1 - p) / spacing_h;
   const int inputs = last * kStrideH + kR;
-  int row = p * g.stride_h - g.top;
+  const int row = p * g.stride_h - g.top;
   const int first_column = kWidth ? 0 : (kDilated ? 0 : column_block * g.strips * kColumns * g.stride_w) - g.left;
 
   // What the thread copies of every row: where it is in x, from the first column of the first image on, or -1.
@@ -129,8 +133,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // A row of x on its way into the ring's stage at `to`, where the thread's pieces begin.
   const int row_end = min(g.H, row + inputs * unit_h);
   const int line = unit_h * g.W * g.K;
+  const int64 next_images = static_cast<int64>(g.images) * g.H * g.W * g.K - static_cast<int64>(inputs) * line;
   const T* source = x + (static_cast<int64>(first_image) * g.H + row) * g.W * g.K;
   int copied_row = row;
+  int left_to_copy = inputs;
+  int turns_to_copy = turns;
   const auto copy = [&](T* to) {
     if (within(copied_row, row_end)) {
       source = ptx::as_it_is(source);
@@ -141,6 +148,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::copy_async_commit();
     source += line;
     copied_row += unit_h;
+    if (kTurns && --left_to_copy == 0) {
+      source += next_images;
+      left_to_copy = inputs;
+      copied_row = --turns_to_copy > 0 ? row : row_end;
+    }
   };
   T* const own_pieces = ring + thread * kPiece;
 #pragma unroll
@@ -187,79 +199,90 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   int stage = 0;
   int free_stage = (kStages - 1) * stage_size;
 
-  for (int left = inputs; left > 0; left -= kPeriod) {
-    const bool begun = left < inputs;
+  // Products of weights with zeros that were passed over, for outputs whose last row of x is `last_row`.
+  const auto add_passed = [&](Sum (&sums)[kColumns][kVector], int last_row) {
 #pragma unroll
-    for (int u = 0; u < kPeriod; ++u) {
-      if (u > 0 && left <= u) return;
-      ptx::copy_async_wait<kStages - 2>();
-      if (kThreads == 32) {
-        __syncwarp();
-      } else {
-        __syncthreads();
-      }
-      copy(own_pieces + free_stage);
-      if (within(row, g.H)) {
-        Sum value[kSpan][kVector];
-        const T* const own_row = window + stage;
+    for (int e = 0; e < kVector; ++e) {
+      const T* from = staged + (group * kVector + e) * kTaps + (kTurned ? kTaps - 1 : 0);
+#pragma unroll 1
+      for (int r = 0; r < kR; ++r) {
+        const bool row_copied = within(last_row - (kR - 1 - r) * unit_h, g.H);
+#pragma unroll 1
+        for (int s = 0; s < kS; ++s) {
+          const Sum passed = widen(*from) * Sum(0);
+          from += kTurned ? -1 : 1;
 #pragma unroll
-        for (int j = 0; j < kSpan; ++j)
-          if (column_copied(j)) load_widened<kVector>(own_row + (j - kLeft) * unit, true, value[j]);
-#pragma unroll
-        for (int r = 0; r < kR; ++r) {
-          const int place = row_met(u, r);
-          if (place < 0) continue;
-          if (kSkip && !((u >= r || begun) && left >= kR + u - r)) continue;
-#pragma unroll
-          for (int s = 0; s < kS; ++s)
-#pragma unroll
-            for (int v = 0; v < kColumns; ++v) {
-              const int j = v * kStrideW + s;
-              if (!column_copied(j)) continue;
-              const bool first = r == 0 && (s == 0 || !column_copied(j - 1));
-#pragma unroll
-              for (int e = 0; e < kVector; ++e)
-                sum[place][v][e] = fma(value[j][e], weight[r][s][e], first ? start[e] : sum[place][v][e]);
-            }
+          for (int v = 0; v < kColumns; ++v)
+            if (!row_copied || !column_copied(v * kStrideW + s)) sums[v][e] += passed;
         }
-      } else if (const int place = row_met(u, 0); place >= 0) {
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v)
-#pragma unroll
-          for (int e = 0; e < kVector; ++e) sum[place][v][e] = start[e];
       }
-      if (const int place = row_met(u, kR - 1); place >= 0) {
-        if (u >= kR - 1 || begun) {
-          if (careful) {
+    }
+  };
+  const auto restart = [&](int place) {
 #pragma unroll
-            for (int e = 0; e < kVector; ++e) {
-              const T* from = staged + (group * kVector + e) * kTaps + (kTurned ? kTaps - 1 : 0);
-#pragma unroll 1
-              for (int r = 0; r < kR; ++r) {
-                const bool row_copied = within(row - (kR - 1 - r) * unit_h, g.H);
-#pragma unroll 1
-                for (int s = 0; s < kS; ++s) {
-                  const Sum passed = widen(*from) * Sum(0);
-                  from += kTurned ? -1 : 1;
+    for (int v = 0; v < kColumns; ++v)
 #pragma unroll
-                  for (int v = 0; v < kColumns; ++v)
-                    if (!row_copied || !column_copied(v * kStrideW + s)) sum[place][v][e] += passed;
-                }
+      for (int e = 0; e < kVector; ++e) sum[place][v][e] = start[e];
+  };
+  const auto go = [&] {
+    int own_row = row;
+    for (int left = inputs; left > 0; left -= kPeriod) {
+      const bool begun = left < inputs;
+#pragma unroll
+      for (int u = 0; u < kPeriod; ++u) {
+        if (u > 0 && left <= u) return;
+        ptx::copy_async_wait<kStages - 2>();
+        if (kThreads == 32) {
+          __syncwarp();
+        } else {
+          __syncthreads();
+        }
+        copy(own_pieces + free_stage);
+        const int begins = row_met(u, 0);
+        if (within(own_row, g.H)) {
+          Sum value[kSpan][kVector];
+#pragma unroll
+          for (int j = 0; j < kSpan; ++j)
+            if (column_copied(j)) load_widened<kVector>(window + stage + (j - kLeft) * unit, true, value[j]);
+#pragma unroll
+          for (int r = 0; r < kR; ++r) {
+            const int place = row_met(u, r);
+            if (place < 0) continue;
+            if (kSkip && !((u >= r || begun) && left >= kR + u - r)) continue;
+            if (r == 0) restart(place);
+#pragma unroll
+            for (int s = 0; s < kS; ++s)
+#pragma unroll
+              for (int v = 0; v < kColumns; ++v) {
+                const int j = v * kStrideW + s;
+                if (!column_copied(j)) continue;
+#pragma unroll
+                for (int e = 0; e < kVector; ++e)
+                  sum[place][v][e] = fma(value[j][e], weight[r][s][e], sum[place][v][e]);
               }
-            }
           }
+        } else if (begins >= 0) {
+          restart(begins);
+        }
+        const int done = row_met(u, kR - 1);
+        if (done >= 0 && (u >= kR - 1 || begun)) {
+          if (careful) add_passed(sum[done], own_row);
           result = ptx::as_it_is(result);
 #pragma unroll
           for (int v = 0; v < kColumns; ++v)
             if ((kExact ? 0 : v * spacing_w) < columns)
-              store_narrowed<kVector>(result + v * spacing_w * g.K, sum[place][v]);
+              store_narrowed<kVector>(result + v * spacing_w * g.K, sum[done][v]);
           result += spacing_h * g.Q * g.K;
         }
+        own_row += unit_h;
+        free_stage = stage;
+        stage += stage_size;
+        if (stage == kStages * stage_size) stage = 0;
       }
-      row += unit_h;
-      free_stage = stage;
-      stage += stage_size;
-      if (stage == kStages * stage_size) stage = 0;
     }
+  };
+  for (int turn = 0; turn < turns; ++turn) {
+    go();
+    result += (static_cast<int64>(g.images) * g.P - (last + 1) * spacing_h) * g.Q * g.K;
   }
 }

@@ -249,7 +249,9 @@ def check_channels_last_staged(g, chosen, dtype, dgrad):
     channel_blocks, rest = divmod(chosen.grid[0], values["column_blocks"])
     assert rest == 0
     assert (channel_blocks - 1) * channels < g.K <= channel_blocks * channels
-    assert (chosen.grid[2] - 1) * values["images"] < g.N <= chosen.grid[2] * values["images"]
+    images = values["images"] * values["turns"]
+    assert (chosen.grid[2] - 1) * images < g.N <= chosen.grid[2] * images
+    assert values["turns"] == 1 or g.N % values["images"] == 0
     assert values["images"] * values["strips"] * defines["GROUPS"] <= chosen.block == defines["THREADS"]
     copied = values["images"] * values["pixels"] * channels * size
     assert copied <= defines["COPIES"] * defines["COPY"] * chosen.block

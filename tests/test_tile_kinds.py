@@ -232,13 +232,13 @@ def test_channels_last(device, rng, transposed, dtype, stride):
 def test_channels_last_staged(device, rng, turned, dtype, kernel, numbers):
     """Every vector, number of columns and of stages, one and several strips and images, few and all rows; once with a
     weight that is not finite, whose products with the padding are to be seen."""
-    x, w, bias = oracle.random_arrays(rng, (3, 24, 13, 10), (24, 1, *kernel), dtype)
+    x, w, bias = oracle.random_arrays(rng, (4, 24, 13, 10), (24, 1, *kernel), dtype)
     g = depthwise_geometry(x.shape, w.shape, padding=((1, 2), (1, 1)), channels_last=True, **numbers)
     dy = random_dy(rng, g, dtype)
     of_tile = runs.dense_dgrad_as_forward(g) if turned else g
 
     def kinds(tile):
-        yield from fields(tile, "vector", "columns", "stages")
+        yield from fields(tile, "vector", "columns", "stages", "turns")
         yield "block", tile.strips > 1, tile.images > 1, tile.images == 2, tile.channels < g.K, g.K % tile.channels > 0
         yield "rows", min(tile.rows, 3), tile.rows >= of_tile.P
 

@@ -29,8 +29,10 @@ _COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2)
 _MAX_WIDTH = 16
 _STAGES = (3, 4, 6)
 _PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-_IMAGES = (1, 2, 3, 4, 6, 8)
-_BLOCK_PIXELS = (1, 2, 3, 4, 6, 8)
+_IMAGES = (1, 2, 4, 8)
+_TURNS = (1, 2, 4)
+_BLOCK_STRIPS = (1, 2, 4, 8)
+_CHANNELS = (16, 32, 48, 64, 128)
 _MAX_THREADS = 512
 _MAX_REGISTERS = 200
 _MAX_PRODUCTS = 2800
@@ -40,7 +42,7 @@ _MAX_STRIDE = 2
 @dataclass(frozen=True, slots=True)
 class Tile:
     """What one thread makes, rows x columns outputs of `vector` channels; and of what a block consists: `groups` vectors
-    of channels of `strips` strips of columns of `images` images.
+    of channels of `strips` strips of columns of `images` images, `turns` times one after the other.
 
     The rows of a strip are spacing[0] apart, and as a convolution of their own have stride[0]; columns likewise.
     """
@@ -51,6 +53,7 @@ class Tile:
     columns: int
     strips: int
     images: int
+    turns: int
     stages: int
     blocks: int
     copy: int
@@ -103,7 +106,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
     column_items, row_items = _items(g, tile)
     column_blocks = -(-column_items // tile.strips)
     pixels = _pixels(g, tile)
-    grid = (-(-g.K // tile.channels) * column_blocks, row_items, -(-g.N // tile.images))
+    grid = (-(-g.K // tile.channels) * column_blocks, row_items, -(-g.N // (tile.images * tile.turns)))
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
     if tile.images * g.H * g.W * g.K > MAX_GRID[0] or tile.images * pixels + tile.threads > MAX_DIVIDEND:
@@ -128,6 +131,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("STRIDE_W", tile.stride[1]),
             ("DILATED", int(g.dilation != (1, 1))),
             ("EXACT", int(tile.columns * column_items == g.Q)),
+            ("TURNS", int(tile.turns > 1)),
             ("WIDTH", g.W if _whole(g, tile.columns) else 0),
             ("LEFT", g.padding[1][0] if _whole(g, tile.columns) else 0),
         ),
@@ -143,6 +147,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("rows", tile.rows),
             ("strips", tile.strips),
             ("images", tile.images),
+            ("turns", tile.turns),
             ("column_blocks", column_blocks),
             ("pixels", pixels),
             ("strips_magic", magic(tile.strips)),
@@ -174,8 +179,9 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Itera
         if min(registers) > _MAX_REGISTERS or _products(g, stride, columns, vector) > _MAX_PRODUCTS:
             continue
         column_items = -(-g.Q // (columns * spacing[1])) * spacing[1]
-        strips_choices = {column_items} if dilated else {-(-column_items // n) for n in _BLOCK_PIXELS}
-        strips_choices |= set() if dilated else {n for n in (1, 2, 4, 8) if n < column_items}
+        strips_choices = {column_items}
+        if not dilated:
+            strips_choices |= {-(-column_items // -(-column_items // n)) for n in _BLOCK_STRIPS}
         for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
             if channels % vector or (images > 1 and (strips < column_items or images > g.N)):
                 continue
@@ -184,15 +190,18 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Itera
             if threads > _MAX_THREADS:
                 continue
             for stages in _STAGES:
-                bare = Tile(vector, groups, 1, columns, strips, images, stages, 1, copy, stride, spacing)
+                bare = Tile(vector, groups, 1, columns, strips, images, 1, stages, 1, copy, stride, spacing)
                 shared = _shared_bytes(g, bare, size)
                 if shared > target.shared_per_block - SHARED_RESERVE:
                     continue
                 most = target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
                 blocks_choices = {min(most, 32, 2048 // threads, 65536 // (n * threads)) for n in registers}
-                for blocks, rows in product(blocks_choices - {0}, rows_choices):
+                turns_choices = [n for n in _TURNS if n == 1 or g.N % (images * n) == 0]
+                for blocks, rows, turns in product(blocks_choices - {0}, rows_choices, turns_choices):
+                    if turns > 1 and rows < down:
+                        continue
                     yield Tile(
-                        vector, groups, rows, columns, strips, images, stages, blocks, copy, stride, spacing
+                        vector, groups, rows, columns, strips, images, turns, stages, blocks, copy, stride, spacing
                     )
 
 
@@ -203,9 +212,17 @@ def _whole(g: Conv2dGeometry, columns: int) -> bool:
 
 def _channel_choices(K: int, piece: int) -> list[int]:
     """Channels of a block: divisors of K, or what leaves few threads idle."""
-    whole = [n for n in range(piece, min(K, 256) + 1, piece) if K % n == 0 and n >= 16]
-    some = [n for n in (32, 64, 128) if n < K and n % piece == 0]
-    return sorted({*whole, *some}) or [-(-K // piece) * piece]
+    whole = [n for n in range(piece, min(K, 256) + 1, piece) if K % n == 0]
+    choices = set()
+    for most in _CHANNELS:
+        divisor = max((n for n in whole if n <= most), default=0)
+        if divisor > 0.7 * most:
+            choices.add(divisor)
+        elif most < K and most % piece == 0:
+            choices.add(most)
+    if K <= _CHANNELS[-1]:
+        choices.add(-(-K // piece) * piece)
+    return sorted(choices)
 
 
 def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> list[int]:
