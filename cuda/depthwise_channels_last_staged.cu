@@ -226,6 +226,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   };
   const auto go = [&] {
     int own_row = row;
+    // Outputs that begin in the padding; all others do so at a row of x.
+    if (row < 0) {
+#pragma unroll
+      for (int place = 0; place < kRing; ++place) restart(place);
+    }
     for (int left = inputs; left > 0; left -= kPeriod) {
       const bool begun = left < inputs;
 #pragma unroll
@@ -238,7 +243,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           __syncthreads();
         }
         copy(own_pieces + free_stage);
-        const int begins = row_met(u, 0);
         if (within(own_row, g.H)) {
           Sum value[kSpan][kVector];
 #pragma unroll
@@ -261,8 +265,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                   sum[place][v][e] = fma(value[j][e], weight[r][s][e], sum[place][v][e]);
               }
           }
-        } else if (begins >= 0) {
-          restart(begins);
         }
         const int done = row_met(u, kR - 1);
         if (done >= 0 && (u >= kR - 1 || begun)) {

@@ -28,7 +28,7 @@ _COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2)
 # Of narrow outputs a strip may be as wide as they are: which columns are padding is then known at compile time.
 _MAX_WIDTH = 16
 _STAGES = (3, 4, 6)
-_PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_PIECES = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 _IMAGES = (1, 2, 4, 8)
 _TURNS = (1, 2, 4)
 _BLOCK_STRIPS = (1, 2, 4, 8)
@@ -88,6 +88,9 @@ def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: 
         raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
     if g.multiplier > 1:
         raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
+    first_reach, last_row = (g.R - 1) * g.dilation[0] - g.padding[0][0], (g.P - 1) * g.stride[0] - g.padding[0][0]
+    if first_reach < 0 or last_row >= g.H:
+        raise Unsuitable("takes outputs that all meet a row of x, and some have padding alone")
     size = DTYPES[dtype][1]
     if _copy(g, size, aligned) < 4:
         raise Unsuitable(f"copies words of 4 bytes of aligned arrays, and has {g.K} channels of {size} bytes")
@@ -229,7 +232,8 @@ def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size:
     """Registers that a thread is to have."""
     span = g.W if _whole(g, columns) else (columns - 1) * stride[1] + g.S
     values = _ring(g, stride) * columns + g.R * g.S + span
-    return [min(255, -(-(values * vector + n) // 8) * 8) for n in (16, 24, 36)]
+    least = values * vector + (20 if size == 4 else 26)
+    return [min(255, -(-(least + n) // 8) * 8) for n in (0, 16)]
 
 
 def _products(g: Conv2dGeometry, stride: Pair, columns: int, vector: int) -> int:
