@@ -9,8 +9,8 @@
 // a row of outputs is stored as soon as its last row of x has been there. The weights are in registers too.
 //
 // Rows of x in the padding are passed over, and so is what would meet rows of outputs outside of the block; columns too, where
-// a strip is as wide as y. Padding is a zero that takes part all the same: where a weight of the block is not finite, products
-// with the zeros that were passed over are added in the end.
+// a strip is as wide as y. Padding is a zero that takes part all the same: where a weight of the block is not finite, the outputs
+// for which it met padding are made NaN in the end.
 //
 // Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds
 // the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS (vectors of a
@@ -194,30 +194,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int e = 0; e < kVector; ++e) start[e] = bias == nullptr || columns == 0 ? Sum(0) : widen(bias[k + e]);
 
   Sum sum[kRing][kColumns][kVector] = {};
-  T* result = y + ((static_cast<int64>(first_image + image) * g.P + p) * g.Q + q) * g.K + k;
+  T* const first_result = y + ((static_cast<int64>(first_image + image) * g.P + p) * g.Q + q) * g.K + k;
+  T* result = first_result;
   // The stage that is read, and the one before, which is free for the next row.
   int stage = 0;
   int free_stage = (kStages - 1) * stage_size;
 
-  // Products of weights with zeros that were passed over, for outputs whose last row of x is `last_row`.
-  const auto add_passed = [&](Sum (&sums)[kColumns][kVector], int last_row) {
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      const T* from = staged + (group * kVector + e) * kTaps + (kTurned ? kTaps - 1 : 0);
-#pragma unroll 1
-      for (int r = 0; r < kR; ++r) {
-        const bool row_copied = within(last_row - (kR - 1 - r) * unit_h, g.H);
-#pragma unroll 1
-        for (int s = 0; s < kS; ++s) {
-          const Sum passed = widen(*from) * Sum(0);
-          from += kTurned ? -1 : 1;
-#pragma unroll
-          for (int v = 0; v < kColumns; ++v)
-            if (!row_copied || !column_copied(v * kStrideW + s)) sums[v][e] += passed;
-        }
-      }
-    }
-  };
   const auto restart = [&](int place) {
 #pragma unroll
     for (int v = 0; v < kColumns; ++v)
@@ -268,7 +250,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         }
         const int done = row_met(u, kR - 1);
         if (done >= 0 && (u >= kR - 1 || begun)) {
-          if (careful) add_passed(sum[done], own_row);
           result = ptx::as_it_is(result);
 #pragma unroll
           for (int v = 0; v < kColumns; ++v)
@@ -286,5 +267,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int turn = 0; turn < turns; ++turn) {
     go();
     result += (static_cast<int64>(g.images) * g.P - (last + 1) * spacing_h) * g.Q * g.K;
+  }
+  if (!careful) return;
+
+  for (int i = 0; i < turns * (last + 1); ++i) {
+    const int turn = i / (last + 1);
+    const int t = i - turn * (last + 1);
+    result = first_result + (static_cast<int64>(turn) * g.images * g.P + t * spacing_h) * g.Q * g.K;
+    for (int v = 0; v < kColumns && v * spacing_w < columns; ++v) {
+      for (int e = 0; e < kVector; ++e) {
+        const T* const weights = staged + (group * kVector + e) * kTaps;
+        Sum passed = 0;
+        for (int tap = 0; tap < kTaps; ++tap) {
+          const int h = row + t * spacing_h * g.stride_h + tap / kS * unit_h;
+          const int column = (q + v * spacing_w) * g.stride_w - g.left + tap % kS * unit_w;
+          if (!within(h, g.H) || !within(column, g.W))
+            passed += widen(weights[kTurned ? kTaps - 1 - tap : tap]) * Sum(0);
+        }
+        if (passed != passed) result[v * spacing_w * g.K + e] = narrow<T>(passed);
+      }
+    }
   }
 }
