@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from ..geometry import Conv2dGeometry, Pair
@@ -27,16 +28,21 @@ MAX_TAPS = 64
 _COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2)
 # Of narrow outputs a strip may be as wide as they are: which columns are padding is then known at compile time.
 _MAX_WIDTH = 16
-_STAGES = (3, 4, 6)
+_STAGES = 4
 _PIECES = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 _IMAGES = (1, 2, 4, 8)
 _TURNS = (1, 2, 4)
 _BLOCK_STRIPS = (1, 2, 4, 8)
-_CHANNELS = (16, 32, 48, 64, 128)
+_CHANNELS = (16, 32, 64, 128)
 _MAX_THREADS = 512
+_MAX_COPIES = 8
+# What a thread needs beside weights, sums and a row of x: less, and the compiler spills; more, and it schedules better.
+_REGISTERS_BESIDE = (18, 34)
 _MAX_REGISTERS = 200
-_MAX_PRODUCTS = 2800
-_MAX_STRIDE = 2
+_MAX_PRODUCTS = 5000
+# Of kernels of more rows, the block passes over what meets no row of its outputs: kSkip.
+_FEW_ROWS = 3
+_MIN_THREADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
     if tile.images * g.H * g.W * g.K > MAX_GRID[0] or tile.images * pixels + tile.threads > MAX_DIVIDEND:
         raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
-    copies = tile.images * pixels * tile.channels * size // tile.copy
     return Plan(
         source="depthwise_channels_last_staged",
         defines=(
@@ -129,7 +134,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("COLUMNS", tile.columns),
             ("STAGES", tile.stages),
             ("COPY", tile.copy),
-            ("COPIES", -(-copies // tile.threads)),
+            ("COPIES", _copies(g, tile, size)),
             ("STRIDE_H", tile.stride[0]),
             ("STRIDE_W", tile.stride[1]),
             ("DILATED", int(g.dilation != (1, 1))),
@@ -190,22 +195,20 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Itera
                 continue
             groups = channels // vector
             threads = -(-groups * strips * images // 32) * 32
-            if threads > _MAX_THREADS:
+            if not _MIN_THREADS <= threads <= _MAX_THREADS and (threads > _MAX_THREADS or strips < column_items):
                 continue
-            for stages in _STAGES:
-                bare = Tile(vector, groups, 1, columns, strips, images, 1, stages, 1, copy, stride, spacing)
-                shared = _shared_bytes(g, bare, size)
-                if shared > target.shared_per_block - SHARED_RESERVE:
-                    continue
-                most = target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
-                blocks_choices = {min(most, 32, 2048 // threads, 65536 // (n * threads)) for n in registers}
-                turns_choices = [n for n in _TURNS if n == 1 or g.N % (images * n) == 0]
-                for blocks, rows, turns in product(blocks_choices - {0}, rows_choices, turns_choices):
-                    if turns > 1 and rows < down:
-                        continue
-                    yield Tile(
-                        vector, groups, rows, columns, strips, images, turns, stages, blocks, copy, stride, spacing
-                    )
+            if images > 1 and threads > 256:
+                continue
+            bare = Tile(vector, groups, 1, columns, strips, images, 1, _STAGES, 1, copy, stride, spacing)
+            shared = _shared_bytes(g, bare, size)
+            if shared > target.shared_per_block - SHARED_RESERVE or _copies(g, bare, size) > _MAX_COPIES:
+                continue
+            most = min(32, 2048 // threads, target.shared_per_multiprocessor // (shared + SHARED_RESERVE))
+            blocks_choices = {min(most, _blocks(threads, n)) for n in registers}
+            turns_choices = [n for n in _TURNS if n == 1 or g.N % (images * n) == 0]
+            for blocks, rows, turns in product(blocks_choices - {0}, rows_choices, turns_choices):
+                if turns == 1 or rows == down:
+                    yield replace(bare, rows=rows, turns=turns, blocks=blocks)
 
 
 def _whole(g: Conv2dGeometry, columns: int) -> bool:
@@ -230,10 +233,22 @@ def _channel_choices(K: int, piece: int) -> list[int]:
 
 def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> list[int]:
     """Registers that a thread is to have."""
-    span = g.W if _whole(g, columns) else (columns - 1) * stride[1] + g.S
-    values = _ring(g, stride) * columns + g.R * g.S + span
-    least = values * vector + (20 if size == 4 else 26)
-    return [min(255, -(-(least + n) // 8) * 8) for n in (0, 16)]
+    values = _ring(g, stride) * columns + g.R * g.S + (columns - 1) * stride[1] + g.S
+    # The code for columns known to be padding is less regular.
+    values = values * vector + (12 if _whole(g, columns) else 0)
+    return [min(255, values + beside) for beside in _REGISTERS_BESIDE]
+
+
+def _blocks(threads: int, registers: int) -> int:
+    """Of so many threads of so many registers each, as a multiprocessor holds: its four parts share them out by warps."""
+    warps_of_part = 512 // (-(-registers // 8) * 8)
+    return 4 * warps_of_part * 32 // threads
+
+
+def _copies(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+    """Of a thread and row."""
+    copies = tile.images * _pixels(g, tile) * tile.channels * size // tile.copy
+    return -(-copies // tile.threads)
 
 
 def _products(g: Conv2dGeometry, stride: Pair, columns: int, vector: int) -> int:
@@ -270,22 +285,48 @@ def _shared_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> int:
 def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
     """What ranks tiles: issue slots an output, and what else takes time in the same unit."""
     size = DTYPES[dtype][1]
+    narrow = size == 2
     column_items, row_items = _items(g, tile)
     column_blocks = -(-column_items // tile.strips)
-    blocks = -(-g.K // tile.channels) * column_blocks * row_items * -(-g.N // tile.images)
-    outputs = tile.rows * tile.columns * tile.vector
-    idle = blocks * tile.threads * outputs / g.y_size
-    rows = (tile.rows - 1) * tile.stride[0] + g.R
-    span = (tile.columns - 1) * tile.stride[1] + g.S
-    copies = tile.images * _pixels(g, tile) * tile.channels * size / tile.copy / tile.threads
-    narrow = size == 2
-    of_row = span * (1 + tile.vector * narrow) + 4 * copies + 25
-    of_output = g.R * g.S + (2.5 / tile.vector) + 0.5 * narrow + 1
-    slots = rows * of_row / outputs + of_output + (150 + 1.5 * g.R * g.S * tile.vector + 20 * copies) / outputs
+    blocks = -(-g.K // tile.channels) * column_blocks * row_items * -(-g.N // (tile.images * tile.turns))
+    pieces = row_items // tile.spacing[0]
+    stride_h, stride_w = tile.stride
+    whole = _whole(g, tile.columns)
+    rows = (tile.rows - 1) * stride_h + g.R
+    # Of them those of x, the pairs of them and rows of outputs, and columns.
+    of_x = min(rows, (-(-g.H // g.dilation[0]) + (pieces - 1) * max(0, g.R - stride_h)) / pieces)
+    pairs = _pairs(g, 0) / (pieces * tile.spacing[0]) if g.R > _FEW_ROWS else of_x * g.R / stride_h
+    columns = _pairs(g, 1) if whole else g.S * tile.columns
+    span = g.W if whole else (tile.columns - 1) * stride_w + g.S
+    pixels = _pixels(g, tile)
+    copies = _copies(g, tile, size)
+    outputs = tile.rows * tile.columns
+    slots = (
+        pairs * columns * tile.vector
+        + of_x * span * (3.1 + 1.7 * tile.vector * narrow)
+        + rows * (11.0 + 1.1 * copies)
+        + outputs * (1.7 + 0.38 * tile.vector * narrow)
+        + (500.0 + 1.2 * g.R * g.S * tile.vector + 28.0 * copies) / tile.turns
+    )
     warps = tile.blocks * tile.threads / 32
-    busy = 1 - math.exp(-0.25 * warps)
+    busy = 1 - math.exp(-0.17 * warps)
+    code = max(0.0, g.R * g.S * tile.columns * tile.vector * _ring(g, tile.stride) / 1000 - 1)
+    issue = slots * blocks * tile.threads * tile.turns / g.y_size / busy
+    issue *= 1 + 0.025 * code * (1 + 0.042 * tile.blocks / 8)
+    again = of_x / (tile.rows * stride_h) - 1
+    beside = pixels / max(1, min(g.W, tile.strips * tile.columns * g.stride[1])) - 1
+    apart = 128 / min(128, tile.vector * size * min(tile.groups, 32)) - 1
+    moved = size * (1 + g.x_size / g.y_size * (1 + 0.89 * again) * (1 + 0.21 * beside)) * (1 + 0.084 * apart)
+    memory = 7.4 * moved
     waves = blocks / (target.multiprocessors * tile.blocks)
-    uneven = math.ceil(waves) / waves if waves < 6 else 1 + 0.5 / waves
-    memory = 7 * size * (1 + g.x_size / g.y_size * (1 + 0.1 * (rows / (tile.rows * tile.stride[0]) - 1)))
-    issue = slots * idle / busy
-    return (max(issue, memory) + 0.2 * min(issue, memory)) * uneven
+    uneven = 0.13 * ((math.ceil(waves) / waves if waves < 8 else 1) - 1 + 0.3 / max(waves, 1))
+    return (max(issue, memory) + 0.33 * min(issue, memory)) * (1 + uneven)
+
+
+@lru_cache(maxsize=256)
+def _pairs(g: Conv2dGeometry, axis: int) -> int:
+    """Pairs of a row of outputs and one of x that meet (axis 0), or of columns (1)."""
+    extent, count, taps = ((g.H, g.P, g.R), (g.W, g.Q, g.S))[axis]
+    first = range(-g.padding[axis][0], count * g.stride[axis] - g.padding[axis][0], g.stride[axis])
+    reach = range(0, taps * g.dilation[axis], g.dilation[axis])
+    return sum(0 <= start + tap < extent for start in first for tap in reach)
