@@ -102,7 +102,7 @@ GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST)
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
-VARIANTS = ("direct", "runs", "toeplitz", "tiles", "channels_last")
+VARIANTS = ("direct", "runs", "toeplitz", "tiles", "channels_last", "channels_last_staged")
 HALVES = ("float16", "bfloat16")
 
 
@@ -128,6 +128,11 @@ def suits(variant, direction, g, dtype):
         return nchw and dtype in HALVES and takes
     if variant == "tiles":
         return nchw and not few_taps and dense and (forward or not multiplied)
+    if variant == "channels_last_staged":
+        words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
+        top, below = g.padding[0][0], (g.P - 1) * g.stride[0] - g.padding[0][0] - g.H + 1
+        met = top <= (g.R - 1) * g.dilation[0] and below <= 0 if forward else g.stride == (1, 1)
+        return not nchw and few_taps and words and not multiplied and met
     assert variant == "channels_last"
     simple = g.stride == (1, 1) or (max(g.stride) <= 2 and g.dilation == (1, 1))
     return not nchw and few_taps and (forward or (simple and not multiplied))
@@ -142,6 +147,7 @@ _MAIN_DTYPES = {
     "toeplitz": ("float16",),
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
+    "channels_last_staged": ("float16", "float32"),  # of odd numbers of channels only float32
 }
 _FEW = (
     "3x3_padded",
@@ -198,6 +204,7 @@ VARIANT_CASES = (
     ("toeplitz", "bfloat16", "nchw"),
     ("tiles", "float32", "nchw"),
     ("channels_last", "float32", "nhwc"),
+    ("channels_last_staged", "float32", "nhwc"),
 )
 
 

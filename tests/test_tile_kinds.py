@@ -14,7 +14,7 @@ from geometries import numbers_of, random_dy
 
 from cuconv import kernels
 from cuconv.geometry import depthwise_geometry
-from cuconv.plan import channels_last, runs, tiles, toeplitz, wgrad
+from cuconv.plan import channels_last, channels_last_staged, runs, tiles, toeplitz, wgrad
 
 
 def each_kind_once(choices, kinds_of):
@@ -243,3 +243,44 @@ def test_channels_last(device, rng, transposed, dtype, stride):
         else:
             y = device.launch(kernel, x, w, bias, g.y_shape, "nhwc")
             oracle.assert_within_bound(y, x, w, bias, **numbers_of(g))
+
+
+@pytest.mark.parametrize(
+    ("turned", "dtype", "kernel", "numbers"),
+    [
+        (False, "float16", (3, 2), {}),
+        (True, "float32", (5, 3), {}),
+        (False, "bfloat16", (5, 2), {"stride": (2, 1)}),
+        (False, "float32", (4, 3), {"stride": (1, 2)}),
+        (True, "float16", (3, 3), {"dilation": (2, 3)}),
+    ],
+)
+def test_channels_last_staged(device, rng, turned, dtype, kernel, numbers):
+    """Every vector, number of columns and of stages, one and several strips and images, few and all rows; once with a
+    weight that is not finite, whose products with the padding are to be seen."""
+    x, w, bias = oracle.random_arrays(rng, (4, 24, 13, 10), (24, 1, *kernel), dtype)
+    g = depthwise_geometry(x.shape, w.shape, padding=((1, 2), (1, 1)), channels_last=True, **numbers)
+    dy = random_dy(rng, g, dtype)
+    of_tile = runs.dense_dgrad_as_forward(g) if turned else g
+
+    def kinds(tile):
+        yield from fields(tile, "vector", "columns", "stages", "turns")
+        yield "block", tile.strips > 1, tile.images > 1, tile.images == 2, tile.channels < g.K, g.K % tile.channels > 0
+        yield "rows", min(tile.rows, 3), tile.rows >= of_tile.P
+
+    choices = list(channels_last_staged.tiles(of_tile, dtype, device.target, True))
+    chosen = list(each_kind_once(choices, kinds))
+    assert {tile.vector for tile in chosen} == {1, 2, 4}
+    infinite = w.copy()
+    infinite[::5, 0, 0, 0] = np.inf
+    for tile in chosen:
+        kernel = channels_last_staged.tile_plan(of_tile, dtype, tile, turned)
+        if turned:
+            dx = device.launch(kernel, dy, w, None, g.x_shape, "nhwc")
+            oracle.assert_dgrad_within_bound(dx, dy, w, **numbers_of(g))
+        else:
+            y = device.launch(kernel, x, w, bias, g.y_shape, "nhwc")
+            oracle.assert_within_bound(y, x, w, bias, **numbers_of(g))
+            y = device.launch(kernel, x, infinite, bias, g.y_shape, "nhwc")
+            exact = oracle.convolve(x, infinite, bias, **numbers_of(g))
+            np.testing.assert_array_equal(np.isnan(y.astype(np.float64)), np.isnan(exact))

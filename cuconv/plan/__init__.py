@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import channels_last, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last
+from . import channels_last, channels_last_staged, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -40,6 +40,7 @@ __all__ = [
 _FORWARD = {
     "runs": runs.forward,
     "channels_last": channels_last.forward,
+    "channels_last_staged": channels_last_staged.forward,
     "toeplitz": toeplitz.forward,
     "tiles": tiles.forward,
     "direct": direct.forward,
@@ -47,6 +48,7 @@ _FORWARD = {
 _DGRAD = {
     "runs": runs.dgrad,
     "channels_last": channels_last.dgrad,
+    "channels_last_staged": channels_last_staged.dgrad,
     "toeplitz": toeplitz.dgrad,
     "tiles": tiles.dgrad,
     "direct": direct.dgrad,

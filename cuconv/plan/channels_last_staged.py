@@ -1,0 +1,332 @@
+"""Channels-last arrays (NHWC in memory) through shared memory: see cuda/depthwise_channels_last_staged.cu."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+
+from ..geometry import Conv2dGeometry, Pair
+from .base import (
+    DTYPES,
+    MAX_DIVIDEND,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    magic,
+    plane_parameters,
+)
+from .runs import dense_dgrad_as_forward
+
+# Weights live in registers, and kernels are unrolled over them.
+MAX_TAPS = 64
+_COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2)
+# Of narrow outputs a strip may be as wide as they are: which columns are padding is then known at compile time.
+_MAX_WIDTH = 16
+_STAGES = 4
+_PIECES = (1, 2, 3, 4, 6, 8, 16, 32, 64)
+_IMAGES = (1, 2, 4, 8)
+_TURNS = (1, 2, 4)
+_BLOCK_STRIPS = (1, 2, 4, 8)
+_CHANNELS = (16, 32, 64, 128)
+_MAX_THREADS = 512
+_MAX_COPIES = 8
+# What a thread needs beside weights, sums and a row of x: less, and the compiler spills; more, and it schedules better.
+_REGISTERS_BESIDE = (18, 34)
+_MAX_REGISTERS = 200
+_MAX_PRODUCTS = 5000
+# Of kernels of more rows, the block passes over what meets no row of its outputs: kSkip.
+_FEW_ROWS = 3
+_MIN_THREADS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one thread makes, rows x columns outputs of `vector` channels; and of what a block consists: `groups` vectors
+    of channels of `strips` strips of columns of `images` images, `turns` times one after the other.
+
+    The rows of a strip are spacing[0] apart, and as a convolution of their own have stride[0]; columns likewise.
+    """
+
+    vector: int
+    groups: int
+    rows: int
+    columns: int
+    strips: int
+    images: int
+    turns: int
+    stages: int
+    blocks: int
+    copy: int
+    stride: Pair
+    spacing: Pair
+
+    @property
+    def channels(self) -> int:
+        return self.vector * self.groups
+
+    @property
+    def threads(self) -> int:
+        return -(-self.groups * self.strips * self.images // 32) * 32
+
+
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(g, dtype, target, aligned, turned=False)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(dense_dgrad_as_forward(g), dtype, target, aligned, turned=True)
+
+
+def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool) -> Plan:
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if target.architecture < 80:
+        raise Unsuitable(f"needs compute capability 8.0, and the device has {target.architecture / 10}")
+    if dtype == "float64":
+        raise Unsuitable("takes no float64")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    if g.multiplier > 1:
+        raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
+    first_reach, last_row = (g.R - 1) * g.dilation[0] - g.padding[0][0], (g.P - 1) * g.stride[0] - g.padding[0][0]
+    if first_reach < 0 or last_row >= g.H:
+        raise Unsuitable("takes outputs that all meet a row of x, and some have padding alone")
+    size = DTYPES[dtype][1]
+    if _copy(g, size, aligned) < 4:
+        raise Unsuitable(f"copies words of 4 bytes of aligned arrays, and has {g.K} channels of {size} bytes")
+    choices = list(tiles(g, dtype, target, aligned))
+    if not choices:
+        raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
+    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile)), turned)
+
+
+def _copy(g: Conv2dGeometry, size: int, aligned: bool) -> int:
+    return math.gcd(g.K * size, VECTOR_BYTES) if aligned else size
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
+    size = DTYPES[dtype][1]
+    column_items, row_items = _items(g, tile)
+    column_blocks = -(-column_items // tile.strips)
+    pixels = _pixels(g, tile)
+    grid = (-(-g.K // tile.channels) * column_blocks, row_items, -(-g.N // (tile.images * tile.turns)))
+    if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
+        raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
+    if tile.images * g.H * g.W * g.K > MAX_GRID[0] or tile.images * pixels + tile.threads > MAX_DIVIDEND:
+        raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
+    return Plan(
+        source="depthwise_channels_last_staged",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("TURNED", int(turned)),
+            ("THREADS", tile.threads),
+            ("BLOCKS", tile.blocks),
+            ("VECTOR", tile.vector),
+            ("GROUPS", tile.groups),
+            ("COLUMNS", tile.columns),
+            ("STAGES", tile.stages),
+            ("COPY", tile.copy),
+            ("COPIES", _copies(g, tile, size)),
+            ("STRIDE_H", tile.stride[0]),
+            ("STRIDE_W", tile.stride[1]),
+            ("DILATED", int(g.dilation != (1, 1))),
+            ("EXACT", int(tile.columns * column_items == g.Q)),
+            ("TURNS", int(tile.turns > 1)),
+            ("WIDTH", g.W if _whole(g, tile.columns) else 0),
+            ("LEFT", g.padding[1][0] if _whole(g, tile.columns) else 0),
+        ),
+        grid=grid,
+        block=tile.threads,
+        shared_bytes=_shared_bytes(g, tile, size),
+        parameters=(
+            ("N", g.N),
+            ("K", g.K),
+            *plane_parameters(g),
+            ("spacing_h", tile.spacing[0]),
+            ("spacing_w", tile.spacing[1]),
+            ("rows", tile.rows),
+            ("strips", tile.strips),
+            ("images", tile.images),
+            ("turns", tile.turns),
+            ("column_blocks", column_blocks),
+            ("pixels", pixels),
+            ("strips_magic", magic(tile.strips)),
+            ("pixels_magic", magic(pixels)),
+        ),
+    )
+
+
+def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold."""
+    size = DTYPES[dtype][1]
+    copy = _copy(g, size, aligned)
+    # Rows this far apart read rows that are whole dilations apart, so that they can share them.
+    common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
+    spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
+    stride = (g.stride[0] // common[0], g.stride[1] // common[1])
+    dilated = g.dilation != (1, 1)
+    widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
+    vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
+    piece = copy // size
+    columns_choices = [n for n in _COLUMNS if (n - 1) * spacing[1] < g.Q] or [1]
+    if _whole(g, g.Q):
+        columns_choices = [g.Q, *(n for n in columns_choices if n < g.Q)]
+    down = -(-g.P // spacing[0])
+    rows_choices = sorted({-(-down // pieces) for pieces in _PIECES})
+    channel_choices = _channel_choices(g.K, piece)
+    for columns, vector in product(columns_choices, vectors):
+        registers = _registers(g, stride, columns, vector, size)
+        if min(registers) > _MAX_REGISTERS or _products(g, stride, columns, vector) > _MAX_PRODUCTS:
+            continue
+        column_items = -(-g.Q // (columns * spacing[1])) * spacing[1]
+        strips_choices = {column_items}
+        if not dilated:
+            strips_choices |= {-(-column_items // -(-column_items // n)) for n in _BLOCK_STRIPS}
+        for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
+            if channels % vector or (images > 1 and (strips < column_items or images > g.N)):
+                continue
+            groups = channels // vector
+            threads = -(-groups * strips * images // 32) * 32
+            if not _MIN_THREADS <= threads <= _MAX_THREADS and (threads > _MAX_THREADS or strips < column_items):
+                continue
+            if images > 1 and threads > 256:
+                continue
+            bare = Tile(vector, groups, 1, columns, strips, images, 1, _STAGES, 1, copy, stride, spacing)
+            shared = _shared_bytes(g, bare, size)
+            if shared > target.shared_per_block - SHARED_RESERVE or _copies(g, bare, size) > _MAX_COPIES:
+                continue
+            most = min(32, 2048 // threads, target.shared_per_multiprocessor // (shared + SHARED_RESERVE))
+            blocks_choices = {min(most, _blocks(threads, n)) for n in registers}
+            turns_choices = [n for n in _TURNS if n == 1 or g.N % (images * n) == 0]
+            for blocks, rows, turns in product(blocks_choices - {0}, rows_choices, turns_choices):
+                if turns == 1 or rows == down:
+                    yield replace(bare, rows=rows, turns=turns, blocks=blocks)
+
+
+def _whole(g: Conv2dGeometry, columns: int) -> bool:
+    """Whether a strip of so many columns is as wide as y, and x is narrow enough to be known at compile time."""
+    return columns == g.Q and g.dilation == (1, 1) and g.W <= _MAX_WIDTH * g.stride[1] and g.Q <= _MAX_WIDTH
+
+
+def _channel_choices(K: int, piece: int) -> list[int]:
+    """Channels of a block: divisors of K, or what leaves few threads idle."""
+    whole = [n for n in range(piece, min(K, 256) + 1, piece) if K % n == 0]
+    choices = set()
+    for most in _CHANNELS:
+        divisor = max((n for n in whole if n <= most), default=0)
+        if divisor > 0.7 * most:
+            choices.add(divisor)
+        elif most < K and most % piece == 0:
+            choices.add(most)
+    if K <= _CHANNELS[-1]:
+        choices.add(-(-K // piece) * piece)
+    return sorted(choices)
+
+
+def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> list[int]:
+    """Registers that a thread is to have."""
+    values = _ring(g, stride) * columns + g.R * g.S + (columns - 1) * stride[1] + g.S
+    # The code for columns known to be padding is less regular.
+    values = values * vector + (12 if _whole(g, columns) else 0)
+    return [min(255, values + beside) for beside in _REGISTERS_BESIDE]
+
+
+def _blocks(threads: int, registers: int) -> int:
+    """Of so many threads of so many registers each, as a multiprocessor holds: its four parts share them out by warps."""
+    warps_of_part = 512 // (-(-registers // 8) * 8)
+    return 4 * warps_of_part * 32 // threads
+
+
+def _copies(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+    """Of a thread and row."""
+    copies = tile.images * _pixels(g, tile) * tile.channels * size // tile.copy
+    return -(-copies // tile.threads)
+
+
+def _products(g: Conv2dGeometry, stride: Pair, columns: int, vector: int) -> int:
+    return g.R * g.S * columns * vector * _ring(g, stride)
+
+
+def _ring(g: Conv2dGeometry, stride: Pair) -> int:
+    """kRing: rows of sums on the way."""
+    return -(-g.R // stride[0])
+
+
+def _items(g: Conv2dGeometry, tile: Tile) -> Pair:
+    """Strips side by side, and one below the other: one for each of `spacing` beginnings."""
+    across = -(-g.Q // (tile.columns * tile.spacing[1])) * tile.spacing[1]
+    down = -(-g.P // (tile.rows * tile.spacing[0])) * tile.spacing[0]
+    return across, down
+
+
+def _pixels(g: Conv2dGeometry, tile: Tile) -> int:
+    """Columns of x from the first that a block's strips need to the last."""
+    if _whole(g, tile.columns):
+        return g.W
+    strip = tile.strips - 1
+    last = strip + strip // tile.spacing[1] * (tile.columns - 1) * tile.spacing[1]
+    span = (tile.columns - 1) * tile.stride[1] + g.S
+    return last * g.stride[1] + (span - 1) * g.dilation[1] + 1
+
+
+def _shared_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+    """The ring of rows, and the weights of a block's channels."""
+    return (tile.stages * tile.images * _pixels(g, tile) + g.R * g.S) * tile.channels * size
+
+
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
+    """What ranks tiles: issue slots an output, and what else takes time in the same unit."""
+    size = DTYPES[dtype][1]
+    narrow = size == 2
+    column_items, row_items = _items(g, tile)
+    column_blocks = -(-column_items // tile.strips)
+    blocks = -(-g.K // tile.channels) * column_blocks * row_items * -(-g.N // (tile.images * tile.turns))
+    pieces = row_items // tile.spacing[0]
+    stride_h, stride_w = tile.stride
+    whole = _whole(g, tile.columns)
+    rows = (tile.rows - 1) * stride_h + g.R
+    # Of them those of x, the pairs of them and rows of outputs, and columns.
+    of_x = min(rows, (-(-g.H // g.dilation[0]) + (pieces - 1) * max(0, g.R - stride_h)) / pieces)
+    pairs = _pairs(g, 0) / (pieces * tile.spacing[0]) if g.R > _FEW_ROWS else of_x * g.R / stride_h
+    columns = _pairs(g, 1) if whole else g.S * tile.columns
+    span = g.W if whole else (tile.columns - 1) * stride_w + g.S
+    pixels = _pixels(g, tile)
+    copies = _copies(g, tile, size)
+    outputs = tile.rows * tile.columns
+    slots = (
+        pairs * columns * tile.vector
+        + of_x * span * (3.1 + 1.7 * tile.vector * narrow)
+        + rows * (11.0 + 1.1 * copies)
+        + outputs * (1.7 + 0.38 * tile.vector * narrow)
+        + (500.0 + 1.2 * g.R * g.S * tile.vector + 28.0 * copies) / tile.turns
+    )
+    warps = tile.blocks * tile.threads / 32
+    busy = 1 - math.exp(-0.17 * warps)
+    code = max(0.0, g.R * g.S * tile.columns * tile.vector * _ring(g, tile.stride) / 1000 - 1)
+    issue = slots * blocks * tile.threads * tile.turns / g.y_size / busy
+    issue *= 1 + 0.025 * code * (1 + 0.042 * tile.blocks / 8)
+    again = of_x / (tile.rows * stride_h) - 1
+    beside = pixels / max(1, min(g.W, tile.strips * tile.columns * g.stride[1])) - 1
+    apart = 128 / min(128, tile.vector * size * min(tile.groups, 32)) - 1
+    moved = size * (1 + g.x_size / g.y_size * (1 + 0.89 * again) * (1 + 0.21 * beside)) * (1 + 0.084 * apart)
+    memory = 7.4 * moved
+    waves = blocks / (target.multiprocessors * tile.blocks)
+    uneven = 0.13 * ((math.ceil(waves) / waves if waves < 8 else 1) - 1 + 0.3 / max(waves, 1))
+    return (max(issue, memory) + 0.33 * min(issue, memory)) * (1 + uneven)
+
+
+@lru_cache(maxsize=256)
+def _pairs(g: Conv2dGeometry, axis: int) -> int:
+    """Pairs of a row of outputs and one of x that meet (axis 0), or of columns (1)."""
+    extent, count, taps = ((g.H, g.P, g.R), (g.W, g.Q, g.S))[axis]
+    first = range(-g.padding[axis][0], count * g.stride[axis] - g.padding[axis][0], g.stride[axis])
+    reach = range(0, taps * g.dilation[axis], g.dilation[axis])
+    return sum(0 <= start + tap < extent for start in first for tap in reach)
