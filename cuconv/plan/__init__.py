@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import channels_last, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last
+from . import channels_last, direct, images, runs, tiles, toeplitz, wgrad, wgrad_channels_last
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -41,6 +41,7 @@ _FORWARD = {
     "runs": runs.forward,
     "channels_last": channels_last.forward,
     "toeplitz": toeplitz.forward,
+    "images": images.forward,
     "tiles": tiles.forward,
     "direct": direct.forward,
 }
@@ -48,6 +49,7 @@ _DGRAD = {
     "runs": runs.dgrad,
     "channels_last": channels_last.dgrad,
     "toeplitz": toeplitz.dgrad,
+    "images": images.dgrad,
     "tiles": tiles.dgrad,
     "direct": direct.dgrad,
 }

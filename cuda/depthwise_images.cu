@@ -1,0 +1,347 @@
+// Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_90 and newer): forward, and at stride 1 the
+// gradient of the input, which is the convolution of dy with the kernel turned around. The names are the forward pass's.
+//
+// The 16 rows of a product are 16 images, its k are pixels of one plane of x and its columns outputs of that plane, both in
+// raster order: y(image, n) = sum over k of x(image, k) * t(k, n), where t(k, n) is the weight of the tap by which output n
+// meets pixel k, and zero where there is none. So images lie in shared memory as they come, one below the other, and
+// fragments of a are read from there directly. Stride, padding and dilation only decide where in t the weights are.
+//
+// Of t only a band is not zero. A tile is 8 outputs, a group some neighbouring tiles of a plane. What a group needs of t
+// stays in the registers of one warp, which goes with it through the images: of the group's window of k-steps, every tile
+// meets those that MASKS names. A plane may begin at any element: windows and tiles start at multiples of 8 of a
+// block's run, and what t has for elements of other planes is zero.
+//
+// A unit is 16 images of some neighbouring planes: a run for each image, brought by one bulk copy and taken back by
+// another. A block makes neighbouring units, the images of the same planes one after the other, while the next are
+// under way. It makes t anew where the planes change.
+//
+// The zeros of t make NaN of an infinity or NaN anywhere in the window, other planes included, and a weight that is not
+// finite makes no NaN where its tap meets padding. Nothing else can make a sum both wrong and not NaN: where a sum is NaN, or
+// a weight is not finite, all sums of the warp are made again, tap by tap.
+//
+// Compile-time values: T; TURNED (the kernel, both ways); THREADS; BLOCKS (of a multiprocessor); STAGES (units under way at
+// once); STEPS (of a window); MASKS (of every tile of a group: bit i is set where it meets k-step i); PAIRS (planes of y have an
+// even number of elements).
+#include "indices.cuh"
+#include "numbers.cuh"
+#include "products.cuh"
+#include "runs.cuh"
+
+using T = CUCONV_T;
+
+constexpr bool kTurned = CUCONV_TURNED;
+constexpr int kThreads = CUCONV_THREADS;
+constexpr int kStages = CUCONV_STAGES;
+constexpr int kSteps = CUCONV_STEPS;
+constexpr bool kPairs = CUCONV_PAIRS;
+
+constexpr int kWarps = kThreads / kWarp;
+// The shape of a product: images, pixels, outputs.
+constexpr int kImages = 16;
+constexpr int kStep = 16;
+constexpr int kTile = 8;
+// Where windows and tiles may start: every so many elements.
+constexpr int kGrain = kBulkAlignment / static_cast<int>(sizeof(T));
+constexpr uint32 kAllLanes = 0xffffffff;
+// Behind every index of a table, whatever is added to or subtracted from it.
+constexpr int kNowhere = 1 << 28;
+
+__device__ constexpr int count_tiles() {
+  constexpr uint32 masks[] = {CUCONV_MASKS};
+  return static_cast<int>(sizeof(masks) / sizeof(uint32));
+}
+constexpr int kTiles = count_tiles();
+
+__device__ constexpr bool meets(int tile, int step) {
+  constexpr uint32 masks[] = {CUCONV_MASKS};
+  return (masks[tile] >> step & 1) != 0;
+}
+
+static_assert(sizeof(T) == 2, "tensor cores take 16-bit elements");
+static_assert(kGrain == kTile, "tiles of y start where windows of x may");
+
+struct Parameters {
+  int K, R, S;
+  int H, W, P, Q;
+  int top, left;                   // padding
+  int stride_h, stride_w;
+  int dilation_h, dilation_w;
+  uint32 W_magic, Q_magic, S_magic, groups_magic;  // see divide
+  int table_pitch, table_size;     // see make_products
+  int first_grain, group_grains;   // where the first group's window starts, and from each group's to the next one's
+  int groups;                      // of a plane
+  int images;
+  int image_units;                 // units of the same planes
+  int block_planes;
+  int block_units, extra_units;    // units of a block; so many blocks, the first ones, have one more
+  int guard_bytes;                 // zeros before and behind every stage
+  int input_pitch, output_pitch;   // shared bytes from one image of a unit to the next
+};
+
+// A unit's place among all.
+struct Unit {
+  int part;  // planes [part * block_planes, ...)
+  int rank;  // images [rank * kImages, ...)
+
+  __device__ __forceinline__ Unit(int index, const Parameters& g)
+      : part(index / g.image_units), rank(index - part * g.image_units) {}
+
+  __device__ __forceinline__ void advance(const Parameters& g) {
+    if (++rank == g.image_units) {
+      rank = 0;
+      ++part;
+    }
+  }
+  __device__ __forceinline__ int first_plane(const Parameters& g) const { return part * g.block_planes; }
+  __device__ __forceinline__ int planes(const Parameters& g) const {
+    return min(g.block_planes, g.K - part * g.block_planes);
+  }
+  __device__ __forceinline__ int images(const Parameters& g) const { return min(kImages, g.images - rank * kImages); }
+  // Where the unit's planes of one of its images start in an array of planes of so many elements.
+  __device__ __forceinline__ int64 offset(int image, int plane_size, const Parameters& g) const {
+    return (static_cast<int64>(rank * kImages + image) * g.K + first_plane(g)) * plane_size;
+  }
+};
+
+// Of every plane a table of its weights, with zeros around: at (row, column) that of the tap which lies `row` dilated rows
+// and `column` columns behind the first, where column 0 is left of everything that any output can meet.
+__device__ __forceinline__ void fill_tables(const Parameters& g, const T* w, const Unit& unit, uint16* tables,
+                                            int thread) {
+  const int taps = g.R * g.S;
+  const T* const weights = w + static_cast<int64>(unit.first_plane(g)) * taps;
+#pragma unroll 1
+  for (int plane = thread / kWarp; plane < unit.planes(g); plane += kWarps) {
+#pragma unroll 1
+    for (int tap = thread % kWarp; tap < taps; tap += kWarp) {
+      const int r = divide(tap, g.S_magic);
+      const int column = (tap - r * g.S) * g.dilation_w - g.left + (g.Q - 1) * g.stride_w;
+      const T weight = weights[plane * taps + (kTurned ? taps - 1 - tap : tap)];
+      if (within(column, g.table_pitch))
+        tables[plane * (g.table_size + 1) + r * g.dilation_h * g.table_pitch + column] = weight.bits;
+    }
+  }
+}
+
+// What the lane holds of t: for every tile and k-step of the window the rows 2j, 2j + 1, 2j + 8, 2j + 9 (j = lane % 4) of column
+// lane / 4. The window starts at pixel first_pixel, the first tile at output first_output.
+//
+// Pixel and output meet at an index of the table that is a difference of two numbers, one of each.
+__device__ __forceinline__ void make_products(const Parameters& g, const uint16* table, int first_pixel,
+                                              int first_output, int lane, uint32 (&t)[kTiles][kSteps][2]) {
+  // All this is the same whatever the planes: the compiler would compute it once and for all, and run out of registers.
+  first_output = ptx::as_it_is(first_output);
+  int of_output[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int n = first_output + tile * kTile + lane / 4;
+    const int p = divide(max(n, 0), g.Q_magic);
+    const int q = n - p * g.Q;
+    const int index = (p * g.stride_h - g.top) * g.table_pitch + (q + 1 - g.Q) * g.stride_w;
+    of_output[tile] = within(n, g.P * g.Q) ? index : kNowhere;
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    first_pixel = ptx::as_it_is(first_pixel);
+    int of_pixel[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int k = first_pixel + step * kStep + lane % 4 * 2 + e / 2 * 8 + e % 2;
+      const int h = divide(max(k, 0), g.W_magic);
+      of_pixel[e] = within(k, g.H * g.W) ? k + h * (g.table_pitch - g.W) : -kNowhere;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (!meets(tile, step)) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32 bits[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          // What is not in the table is the zero behind it.
+          const uint32 index = static_cast<uint32>(of_pixel[half * 2 + e] - of_output[tile]);
+          bits[e] = table[min(index, static_cast<uint32>(g.table_size))];
+        }
+        t[tile][step][half] = bits[0] | bits[1] << 16;
+      }
+    }
+  }
+}
+
+// One output, tap by tap; zeros outside the plane take part.
+__device__ __forceinline__ float convolve_one(const Parameters& g, const T* plane, const T* weight, int n, float sum) {
+  const int p = divide(n, g.Q_magic);
+  const int row = p * g.stride_h - g.top;
+  const int column = (n - p * g.Q) * g.stride_w - g.left;
+#pragma unroll 1
+  for (int r = 0; r < g.R; ++r) {
+#pragma unroll 1
+    for (int s = 0; s < g.S; ++s) {
+      const int h = row + r * g.dilation_h;
+      const int v = column + s * g.dilation_w;
+      const int tap = r * g.S + s;
+      const float value = within(h, g.H) && within(v, g.W) ? widen(plane[h * g.W + v]) : 0.0f;
+      sum = fma(value, widen(weight[kTurned ? g.R * g.S - 1 - tap : tap]), sum);
+    }
+  }
+  return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
+    depthwise_images(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
+  CUCONV_DYNAMIC_SHARED(shared);
+  __shared__ uint64 full[kStages];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+  const int block = static_cast<int>(blockIdx.x);
+
+  const int stage_bytes = kImages * g.input_pitch + g.guard_bytes;
+  unsigned char* const inputs = shared + g.guard_bytes;
+  unsigned char* const outputs = inputs + kStages * stage_bytes;
+  uint16* const tables = reinterpret_cast<uint16*>(outputs + 2 * kImages * g.output_pitch);
+
+  const int x_plane = g.H * g.W;
+  const int y_plane = g.P * g.Q;
+  const int units = g.block_units + (block < g.extra_units ? 1 : 0);
+  Unit unit(block * g.block_units + min(block, g.extra_units), g);
+  Unit ahead = unit;
+
+  // By one warp: the unit `ahead`, which it then advances.
+  const auto load = [&](int stage) {
+    const int images = ahead.images(g);
+    const uint32 bytes = static_cast<uint32>(ahead.planes(g) * x_plane) * sizeof(T);
+    if (lane == 0) ptx::barrier_arrive_expect(&full[stage], images * bytes);
+    __syncwarp();
+    if (lane < images)
+      ptx::bulk_load(inputs + stage * stage_bytes + lane * g.input_pitch, x + ahead.offset(lane, x_plane, g), bytes,
+                     &full[stage]);
+    ahead.advance(g);
+  };
+
+  if (warp == 0) {
+    if (lane == 0)
+      for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&full[stage], 1);
+    __syncwarp();
+    for (int stage = 0; stage < min(kStages, units); ++stage) load(stage);
+  }
+  // No bulk copy writes here: around stages, and behind the runs of images.
+#pragma unroll 1
+  for (int stage = 0; stage <= kStages; ++stage)
+#pragma unroll 1
+    for (int i = thread; i < g.guard_bytes / 4; i += kThreads)
+      reinterpret_cast<uint32*>(shared + stage * stage_bytes)[i] = 0;
+  const int run_bytes = g.block_planes * x_plane * static_cast<int>(sizeof(T));
+#pragma unroll 1
+  for (int row = warp; row < kStages * kImages; row += kWarps)
+#pragma unroll 1
+    for (int i = run_bytes + lane * 4; i < g.input_pitch; i += kWarp * 4)
+      *reinterpret_cast<uint32*>(inputs + row / kImages * stage_bytes + row % kImages * g.input_pitch + i) = 0;
+#pragma unroll 1
+  for (int i = thread; i < g.block_planes * (g.table_size + 1); i += kThreads) tables[i] = 0;
+  __syncthreads();
+
+  // A warp's plane of the block's and its group are always the same, and so are the places of its window and tiles.
+  const int plane = divide(warp, g.groups_magic);
+  const int group = warp - plane * g.groups;
+  const int window = plane * x_plane / kGrain + g.first_grain + group * g.group_grains;
+  const int first_tile = plane * y_plane / kGrain + group * kTiles;
+  const int first_pixel = window * kGrain - plane * x_plane;
+  const int first_output = first_tile * kTile - plane * y_plane;
+  const uint16* const table = tables + plane * (g.table_size + 1);
+  const int fragment = lane % kImages * g.input_pitch + (window + lane / kImages) * kBulkAlignment;
+  const int column = lane % 4 * 2;
+
+  uint32 t[kTiles][kSteps][2];
+  float start = 0.0f;
+  bool finite = true;
+  for (int turn = 0; turn < units; ++turn, unit.advance(g)) {
+    const int stage = turn % kStages;
+    unsigned char* const input = inputs + stage * stage_bytes;
+    unsigned char* const output = outputs + turn % 2 * kImages * g.output_pitch;
+    const int k = unit.first_plane(g) + plane;
+    const T* const weights = w + static_cast<int64>(k) * (g.R * g.S);
+    const bool busy = plane < unit.planes(g);
+    if (turn == 0 || unit.rank == 0) {
+      fill_tables(g, w, unit, tables, thread);
+      __syncthreads();
+      if (busy) {
+        make_products(g, table, first_pixel, first_output, lane, t);
+        start = bias == nullptr ? 0.0f : widen(bias[k]);
+        bool own = true;
+#pragma unroll 1
+        for (int tap = lane; tap < g.R * g.S; tap += kWarp) {
+          const float weight = widen(weights[tap]);
+          own = own && weight - weight == 0.0f;
+        }
+        finite = __all_sync(kAllLanes, own);
+      }
+    }
+    ptx::barrier_wait(&full[stage], turn / kStages % 2);
+
+    if (busy) {
+      float sum[kTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[tile][e] = start;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32 a[4];
+        ptx::load_matrices(input + fragment + step * kStep * static_cast<int>(sizeof(T)), a);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+          if (meets(tile, step)) multiply(T{}, sum[tile], a, t[tile][step]);
+      }
+
+      // Infinities of different signs make a NaN too, and are then made again in vain. Images that do not exist are
+      // what was there before.
+      const int images = unit.images(g);
+      float all[2] = {};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) all[e / 2] += sum[tile][e];
+      const bool wrong = (lane / 4 < images && all[0] != all[0]) || (lane / 4 + 8 < images && all[1] != all[1]);
+      if (!finite || __any_sync(kAllLanes, wrong)) {
+#pragma unroll 1
+        for (int i = lane; i < images * kTiles * kTile; i += kWarp) {
+          const int image = i / (kTiles * kTile);
+          const int n = first_output + i % (kTiles * kTile);
+          const T* const source = reinterpret_cast<const T*>(input + image * g.input_pitch) + plane * x_plane;
+          T* const place = reinterpret_cast<T*>(output + image * g.output_pitch) + plane * y_plane + n;
+          if (within(n, y_plane)) *place = narrow<T>(convolve_one(g, source, weights, n, start));
+        }
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          T* const row = reinterpret_cast<T*>(output + (lane / 4 + half * 8) * g.output_pitch) + first_tile * kTile + column;
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const int n = first_output + tile * kTile + column;
+            const float* const pair = &sum[tile][half * 2];
+            if (within(n, y_plane - 1)) {
+              store_narrowed<2>(row + tile * kTile, pair);
+            } else if constexpr (!kPairs) {
+              // Planes that begin or end within a word share it with their neighbours.
+              if (n == -1) row[tile * kTile + 1] = narrow<T>(pair[1]);
+              if (n == y_plane - 1) row[tile * kTile] = narrow<T>(pair[0]);
+            }
+          }
+        }
+      }
+    }
+
+    // The store before this one has long read its buffer; the next unit's results may then go there.
+    if (warp == 0) ptx::bulk_store_wait_read<0>();
+    ptx::fence_shared_for_bulk();
+    __syncthreads();
+    if (warp == 0) {
+      if (lane < unit.images(g))
+        ptx::bulk_store(y + unit.offset(lane, y_plane, g), output + lane * g.output_pitch,
+                        static_cast<uint32>(unit.planes(g) * y_plane) * sizeof(T));
+      ptx::bulk_store_commit();
+      if (turn + kStages < units) load(stage);
+    }
+  }
+  if (warp == 0) ptx::bulk_store_wait_read<0>();
+}
