@@ -21,7 +21,10 @@
 //
 // Compile-time values: T; TURNED (the kernel, both ways); THREADS; BLOCKS (of a multiprocessor); STAGES (units under way at
 // once); STEPS (of a window); MASKS (of every tile of a group: bit i is set where it meets k-step i); PAIRS (planes of y have an
-// even number of elements).
+// even number of elements); PERIODIC (see below).
+//
+// Where a group is some whole rows and x as wide as y, the same t serves all groups, if only x is zero above and below
+// its plane. A unit is then one plane, with zeros between images, and a warp makes every kWarps-th group.
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "products.cuh"
@@ -34,6 +37,7 @@ constexpr int kThreads = CUCONV_THREADS;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kSteps = CUCONV_STEPS;
 constexpr bool kPairs = CUCONV_PAIRS;
+constexpr bool kPeriodic = CUCONV_PERIODIC;
 
 constexpr int kWarps = kThreads / kWarp;
 // The shape of a product: images, pixels, outputs.
@@ -68,6 +72,7 @@ struct Parameters {
   int dilation_h, dilation_w;
   uint32 W_magic, Q_magic, S_magic, groups_magic;  // see divide
   int table_pitch, table_size;     // see make_products
+  int rows_before;                 // rows above the plane that t tells apart
   int first_grain, group_grains;   // where the first group's window starts, and from each group's to the next one's
   int groups;                      // of a plane
   int images;
@@ -137,7 +142,7 @@ __device__ __forceinline__ void make_products(const Parameters& g, const uint16*
     const int p = divide(max(n, 0), g.Q_magic);
     const int q = n - p * g.Q;
     const int index = (p * g.stride_h - g.top) * g.table_pitch + (q + 1 - g.Q) * g.stride_w;
-    of_output[tile] = within(n, g.P * g.Q) ? index : kNowhere;
+    of_output[tile] = kPeriodic || within(n, g.P * g.Q) ? index : kNowhere;
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -146,8 +151,9 @@ __device__ __forceinline__ void make_products(const Parameters& g, const uint16*
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int k = first_pixel + step * kStep + lane % 4 * 2 + e / 2 * 8 + e % 2;
-      const int h = divide(max(k, 0), g.W_magic);
-      of_pixel[e] = within(k, g.H * g.W) ? k + h * (g.table_pitch - g.W) : -kNowhere;
+      const int below = max(k + g.rows_before * g.W, 0);
+      const int h = divide(below, g.W_magic) - g.rows_before;
+      of_pixel[e] = kPeriodic || within(k, g.H * g.W) ? k + h * (g.table_pitch - g.W) : -kNowhere;
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -202,28 +208,37 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
 
   const int x_plane = g.H * g.W;
   const int y_plane = g.P * g.Q;
+  const int64 x_image = static_cast<int64>(g.K) * x_plane;
+  const int64 y_image = static_cast<int64>(g.K) * y_plane;
   const int units = g.block_units + (block < g.extra_units ? 1 : 0);
   Unit unit(block * g.block_units + min(block, g.extra_units), g);
   Unit ahead = unit;
 
-  // By one warp: the unit `ahead`, which it then advances.
+  // The unit `ahead`, which is then advanced. One lane of every warp copies some images: one alone would take as long for
+  // sixteen as the block for their products.
   const auto load = [&](int stage) {
-    const int images = ahead.images(g);
-    const uint32 bytes = static_cast<uint32>(ahead.planes(g) * x_plane) * sizeof(T);
-    if (lane == 0) ptx::barrier_arrive_expect(&full[stage], images * bytes);
-    __syncwarp();
-    if (lane < images)
-      ptx::bulk_load(inputs + stage * stage_bytes + lane * g.input_pitch, x + ahead.offset(lane, x_plane, g), bytes,
-                     &full[stage]);
+    if (lane == 0) {
+      const int images = ahead.images(g);
+      const uint32 bytes = static_cast<uint32>(ahead.planes(g) * x_plane) * sizeof(T);
+      const int own = max(0, (images - warp + kWarps - 1) / kWarps);
+      ptx::barrier_arrive_expect(&full[stage], own * bytes);
+      const T* source = x + ahead.offset(warp, x_plane, g);
+      unsigned char* destination = inputs + stage * stage_bytes + warp * g.input_pitch;
+#pragma unroll 1
+      for (int i = 0; i < own; ++i) {
+        ptx::bulk_load(destination, source, bytes, &full[stage]);
+        source += kWarps * x_image;
+        destination += kWarps * g.input_pitch;
+      }
+    }
     ahead.advance(g);
   };
 
-  if (warp == 0) {
-    if (lane == 0)
-      for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&full[stage], 1);
-    __syncwarp();
-    for (int stage = 0; stage < min(kStages, units); ++stage) load(stage);
-  }
+  if (thread == 0)
+    for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&full[stage], kWarps);
+  __syncthreads();
+#pragma unroll 1
+  for (int stage = 0; stage < min(kStages, units); ++stage) load(stage);
   // No bulk copy writes here: around stages, and behind the runs of images.
 #pragma unroll 1
   for (int stage = 0; stage <= kStages; ++stage)
@@ -240,15 +255,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   for (int i = thread; i < g.block_planes * (g.table_size + 1); i += kThreads) tables[i] = 0;
   __syncthreads();
 
-  // A warp's plane of the block's and its group are always the same, and so are the places of its window and tiles.
-  const int plane = divide(warp, g.groups_magic);
-  const int group = warp - plane * g.groups;
-  const int window = plane * x_plane / kGrain + g.first_grain + group * g.group_grains;
-  const int first_tile = plane * y_plane / kGrain + group * kTiles;
-  const int first_pixel = window * kGrain - plane * x_plane;
-  const int first_output = first_tile * kTile - plane * y_plane;
-  const uint16* const table = tables + plane * (g.table_size + 1);
-  const int fragment = lane % kImages * g.input_pitch + (window + lane / kImages) * kBulkAlignment;
+  // A warp's plane of the block's is always the same, and so are its groups.
+  const int plane = kPeriodic ? 0 : divide(warp, g.groups_magic);
+  const int first_group = warp - plane * g.groups;
+  const int groups = kPeriodic ? g.groups : first_group + 1;
+  const int plane_window = plane * x_plane / kGrain + g.first_grain;
+  const int plane_tile = plane * y_plane / kGrain;
+  const int fragment = lane % kImages * g.input_pitch + (plane_window + lane / kImages) * kBulkAlignment;
   const int column = lane % 4 * 2;
 
   uint32 t[kTiles][kSteps][2];
@@ -265,7 +278,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       fill_tables(g, w, unit, tables, thread);
       __syncthreads();
       if (busy) {
-        make_products(g, table, first_pixel, first_output, lane, t);
+        const int t_group = kPeriodic ? 0 : first_group;
+        const int first_pixel = (plane_window + t_group * g.group_grains) * kGrain - plane * x_plane;
+        const int first_output = (plane_tile + t_group * kTiles) * kTile - plane * y_plane;
+        make_products(g, tables + plane * (g.table_size + 1), first_pixel, first_output, lane, t);
         start = bias == nullptr ? 0.0f : widen(bias[k]);
         bool own = true;
 #pragma unroll 1
@@ -278,7 +294,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     }
     ptx::barrier_wait(&full[stage], turn / kStages % 2);
 
-    if (busy) {
+#pragma unroll 1
+    for (int group = busy ? first_group : groups; group < groups; group += kWarps) {
+      const int first_tile = plane_tile + group * kTiles;
+      const int first_output = first_tile * kTile - plane * y_plane;
+      const unsigned char* const window = input + fragment + group * g.group_grains * kBulkAlignment;
       float sum[kTiles][4];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
@@ -287,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32 a[4];
-        ptx::load_matrices(input + fragment + step * kStep * static_cast<int>(sizeof(T)), a);
+        ptx::load_matrices(window + step * kStep * static_cast<int>(sizeof(T)), a);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
           if (meets(tile, step)) multiply(T{}, sum[tile], a, t[tile][step]);
@@ -296,12 +316,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       // Infinities of different signs make a NaN too, and are then made again in vain. Images that do not exist are
       // what was there before.
       const int images = unit.images(g);
-      float all[2] = {};
+      float all[4] = {};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) all[e / 2] += sum[tile][e];
-      const bool wrong = (lane / 4 < images && all[0] != all[0]) || (lane / 4 + 8 < images && all[1] != all[1]);
+        for (int e = 0; e < 4; ++e) all[e] += sum[tile][e];
+      const float low = all[0] + all[1], high = all[2] + all[3];
+      const bool wrong = (lane / 4 < images && low != low) || (lane / 4 + 8 < images && high != high);
       if (!finite || __any_sync(kAllLanes, wrong)) {
 #pragma unroll 1
         for (int i = lane; i < images * kTiles * kTile; i += kWarp) {
@@ -312,19 +333,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
           if (within(n, y_plane)) *place = narrow<T>(convolve_one(g, source, weights, n, start));
         }
       } else {
+        unsigned char* const row = output + lane / 4 * g.output_pitch + (first_tile * kTile + column) * sizeof(T);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          T* const row = reinterpret_cast<T*>(output + (lane / 4 + half * 8) * g.output_pitch) + first_tile * kTile + column;
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const int n = first_output + tile * kTile + column;
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            const int n = first_output + tile * kTile + column;
-            const float* const pair = &sum[tile][half * 2];
-            if (within(n, y_plane - 1)) {
-              store_narrowed<2>(row + tile * kTile, pair);
-            } else if constexpr (!kPairs) {
-              // Planes that begin or end within a word share it with their neighbours.
-              if (n == -1) row[tile * kTile + 1] = narrow<T>(pair[1]);
-              if (n == y_plane - 1) row[tile * kTile] = narrow<T>(pair[0]);
+          for (int half = 0; half < 2; ++half) {
+            unsigned char* const place = row + half * 8 * g.output_pitch + tile * kTile * sizeof(T);
+            const uint32 pair = narrow_pair(T{}, sum[tile][half * 2], sum[tile][half * 2 + 1]);
+            if (within(n, y_plane - 1)) *reinterpret_cast<uint32*>(place) = pair;
+            // Planes that begin or end within a word share it with their neighbours.
+            if constexpr (!kPairs) {
+              if (tile == 0 && n == -1) *reinterpret_cast<uint16*>(place + sizeof(T)) = static_cast<uint16>(pair >> 16);
+              if (n == y_plane - 1) *reinterpret_cast<uint16*>(place) = static_cast<uint16>(pair);
             }
           }
         }
@@ -332,16 +353,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     }
 
     // The store before this one has long read its buffer; the next unit's results may then go there.
-    if (warp == 0) ptx::bulk_store_wait_read<0>();
+    if (lane == 0) ptx::bulk_store_wait_read<0>();
     ptx::fence_shared_for_bulk();
     __syncthreads();
-    if (warp == 0) {
-      if (lane < unit.images(g))
-        ptx::bulk_store(y + unit.offset(lane, y_plane, g), output + lane * g.output_pitch,
-                        static_cast<uint32>(unit.planes(g) * y_plane) * sizeof(T));
+    if (lane == 0) {
+      const uint32 bytes = static_cast<uint32>(unit.planes(g) * y_plane) * sizeof(T);
+      T* destination = y + unit.offset(warp, y_plane, g);
+      const unsigned char* source = output + warp * g.output_pitch;
+#pragma unroll 1
+      for (int image = warp; image < unit.images(g); image += kWarps) {
+        ptx::bulk_store(destination, source, bytes);
+        destination += kWarps * y_image;
+        source += kWarps * g.output_pitch;
+      }
       ptx::bulk_store_commit();
-      if (turn + kStages < units) load(stage);
     }
+    if (turn + kStages < units) load(stage);
   }
-  if (warp == 0) ptx::bulk_store_wait_read<0>();
+  if (lane == 0) ptx::bulk_store_wait_read<0>();
 }

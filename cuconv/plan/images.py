@@ -35,7 +35,7 @@ _GRAIN = VECTOR_BYTES // _SIZE
 MAX_PLANE = 1024
 # The needs of a plane are looked at tap by tap.
 _MAX_MEETINGS = 2**17
-_MAX_WARPS = 16
+_MIN_WARPS, _MAX_WARPS = 1, 16
 _MAX_TILES = 8
 _MAX_STEPS = 24
 _STAGES = (2, 3, 4, 6)
@@ -72,6 +72,8 @@ class Tile:
     """What one block makes: units of 16 images of so many planes."""
 
     group: Group
+    periodic: bool  # whether all groups have the same products
+    warps: int
     block_planes: int
     stages: int
     blocks: int  # of a multiprocessor
@@ -83,7 +85,7 @@ class Tile:
 
     @property
     def threads(self) -> int:
-        return 32 * self.group.count * self.block_planes
+        return 32 * self.warps
 
     @property
     def shared_bytes(self) -> int:
@@ -129,6 +131,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
             ("STEPS", tile.group.steps),
             ("MASKS", ", ".join(map(hex, tile.group.masks))),
             ("PAIRS", int(g.P * g.Q % 2 == 0)),
+            ("PERIODIC", int(tile.periodic)),
         ),
         grid=(blocks, 1, 1),
         block=tile.threads,
@@ -144,6 +147,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
             ("groups_magic", magic(tile.group.count)),
             ("table_pitch", tile.table_pitch),
             ("table_size", tile.table_size),
+            ("rows_before", max(0, -(tile.group.first * _GRAIN // g.W)) if tile.periodic else 0),
             ("first_grain", tile.group.first),
             ("group_grains", tile.group.apart),
             ("groups", tile.group.count),
@@ -177,8 +181,13 @@ def tiles(g: Conv2dGeometry, target: Target, aligned: bool) -> Iterator[Tile]:
     if table_size >= 2**15:
         raise Unsuitable(f"{g.R} rows of taps do not fit shared memory")
     for group in groups(replace_images(g)):
-        for planes in range(together, _MAX_WARPS // group.count + 1, together):
-            if planes >= g.K + together:
+        periodic = is_periodic(g, group)
+        if periodic:
+            shapes = [(1, -(-group.count // rounds)) for rounds in range(1, group.count + 1)]
+        else:
+            shapes = [(planes, planes * group.count) for planes in range(together, g.K + together, together)]
+        for planes, warps in dict.fromkeys(shapes):
+            if not _MIN_WARPS <= warps <= _MAX_WARPS:
                 continue
             input_bytes, output_bytes = planes * x_plane * _SIZE, planes * y_plane * _SIZE
             last = ((planes - 1) * x_plane // _GRAIN + group.first + (group.count - 1) * group.apart) * VECTOR_BYTES
@@ -187,11 +196,13 @@ def tiles(g: Conv2dGeometry, target: Target, aligned: bool) -> Iterator[Tile]:
             for stages, blocks in product(_STAGES, _BLOCKS):
                 tile = Tile(
                     group=group,
+                    periodic=periodic,
+                    warps=warps,
                     block_planes=planes,
                     stages=stages,
                     blocks=blocks,
                     guard_bytes=guard,
-                    input_pitch=_pitch(input_bytes),
+                    input_pitch=_pitch(input_bytes + (guard if periodic else 0)),
                     output_pitch=_pitch(output_bytes),
                     table_pitch=table_pitch,
                     table_size=table_size,
@@ -203,6 +214,16 @@ def tiles(g: Conv2dGeometry, target: Target, aligned: bool) -> Iterator[Tile]:
                     and group.registers <= registers
                 ):
                     yield tile
+
+
+def is_periodic(g: Conv2dGeometry, group: Group) -> bool:
+    """Whether all groups of a plane have the same products: each is some whole rows, and x is as wide as y."""
+    return (
+        g.stride == (1, 1)
+        and g.Q == g.W
+        and g.H * g.W % _GRAIN == g.P * g.Q % _TILE == len(group.masks) * _TILE % g.W == 0
+        and group.apart == len(group.masks)
+    )
 
 
 def replace_images(g: Conv2dGeometry) -> tuple[Any, ...]:
@@ -224,8 +245,6 @@ def groups(numbers: tuple[Any, ...]) -> tuple[Group, ...]:
     found = {}
     for size in range(1, _MAX_TILES + 1):
         count = -(-all_tiles // size)
-        if count > _MAX_WARPS:
-            continue
         size = -(-all_tiles // count)
         rate = size * needed.shape[1] / all_tiles
         candidates = [
@@ -285,11 +304,12 @@ def _needed(
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     """What ranks tiles: clocks of a multiprocessor for an output, by a count of what each of its parts has to do."""
-    group, warps = tile.group, tile.threads // 32
+    group, warps = tile.group, tile.warps
     image_units = -(-g.N // _IMAGES)
     units = image_units * -(-g.K // tile.block_planes)
-    products = 3.2 * group.products * warps
-    issue = (group.products + 2 * group.steps + 24 * len(group.masks) + 60) * warps / 4
+    rounds = -(-group.count // warps) if tile.periodic else 1
+    products = 3.2 * group.products * warps * rounds
+    issue = (group.products + 2 * group.steps + 24 * len(group.masks) + 60) * warps * rounds / 4
     moved = _IMAGES * tile.block_planes * (g.H * g.W + g.P * g.Q) * _SIZE / 18
     make = (14 * group.products + 30 * group.steps + 100) * warps / 4
     unit = max(products, issue, moved) + 0.3 * (products + issue + moved) + 400 / tile.blocks
