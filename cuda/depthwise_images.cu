@@ -1,4 +1,4 @@
-// Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_90 and newer): forward, and at stride 1 the
+// Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_80 and newer): forward, and at stride 1 the
 // gradient of the input, which is the convolution of dy with the kernel turned around. The names are the forward pass's.
 //
 // The 16 rows of a product are 16 images, its k are pixels of one plane of x and its columns outputs of that plane, both in
@@ -11,8 +11,7 @@
 // meets those that MASKS names. A plane may begin at any element: windows and tiles start at multiples of 8 of a
 // block's run, and what t has for elements of other planes is zero.
 //
-// A unit is 16 images of some neighbouring planes: a run for each image, brought by one bulk copy and taken back by
-// another. A block makes neighbouring units, the images of the same planes one after the other, while the next are
+// A unit is 16 images of some neighbouring planes: a run for each image, which one warp brings and takes back. A block makes neighbouring units, the images of the same planes one after the other, while the next are
 // under way. It makes t anew where the planes change.
 //
 // The zeros of t make NaN of an infinity or NaN anywhere in the window, other planes included, and a weight that is not
@@ -108,23 +107,20 @@ struct Unit {
   }
 };
 
-// Of every plane a table of its weights, with zeros around: at (row, column) that of the tap which lies `row` dilated rows
-// and `column` columns behind the first, where column 0 is left of everything that any output can meet.
-__device__ __forceinline__ void fill_tables(const Parameters& g, const T* w, const Unit& unit, uint16* tables,
-                                            int thread) {
-  const int taps = g.R * g.S;
-  const T* const weights = w + static_cast<int64>(unit.first_plane(g)) * taps;
+// A table of a plane's weights, with zeros around: at (row, column) that of the tap which lies `row` dilated rows and `column`
+// columns behind the first, where column 0 is left of everything that any output can meet. Whether all are finite.
+__device__ __forceinline__ bool fill_table(const Parameters& g, const T* weights, uint16* table, int lane) {
+  bool finite = true;
 #pragma unroll 1
-  for (int plane = thread / kWarp; plane < unit.planes(g); plane += kWarps) {
-#pragma unroll 1
-    for (int tap = thread % kWarp; tap < taps; tap += kWarp) {
-      const int r = divide(tap, g.S_magic);
-      const int column = (tap - r * g.S) * g.dilation_w - g.left + (g.Q - 1) * g.stride_w;
-      const T weight = weights[plane * taps + (kTurned ? taps - 1 - tap : tap)];
-      if (within(column, g.table_pitch))
-        tables[plane * (g.table_size + 1) + r * g.dilation_h * g.table_pitch + column] = weight.bits;
-    }
+  for (int tap = lane; tap < g.R * g.S; tap += kWarp) {
+    const int r = divide(tap, g.S_magic);
+    const int column = (tap - r * g.S) * g.dilation_w - g.left + (g.Q - 1) * g.stride_w;
+    const T weight = weights[kTurned ? g.R * g.S - 1 - tap : tap];
+    if (within(column, g.table_pitch)) table[r * g.dilation_h * g.table_pitch + column] = weight.bits;
+    const float value = widen(weight);
+    finite = finite && value - value == 0.0f;
   }
+  return __all_sync(kAllLanes, finite);
 }
 
 // What the lane holds of t: for every tile and k-step of the window the rows 2j, 2j + 1, 2j + 8, 2j + 9 (j = lane % 4) of column
@@ -195,7 +191,6 @@ __device__ __forceinline__ float convolve_one(const Parameters& g, const T* plan
 extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     depthwise_images(const T* x, const T* w, const T* bias, T* y, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
-  __shared__ uint64 full[kStages];
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
@@ -204,7 +199,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int stage_bytes = kImages * g.input_pitch + g.guard_bytes;
   unsigned char* const inputs = shared + g.guard_bytes;
   unsigned char* const outputs = inputs + kStages * stage_bytes;
-  uint16* const tables = reinterpret_cast<uint16*>(outputs + 2 * kImages * g.output_pitch);
+  uint16* const table =
+      reinterpret_cast<uint16*>(outputs + 2 * kImages * g.output_pitch) + warp * (g.table_size + 1);
 
   const int x_plane = g.H * g.W;
   const int y_plane = g.P * g.Q;
@@ -212,48 +208,61 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int64 y_image = static_cast<int64>(g.K) * y_plane;
   const int units = g.block_units + (block < g.extra_units ? 1 : 0);
   Unit unit(block * g.block_units + min(block, g.extra_units), g);
-  Unit ahead = unit;
+  Unit ahead = unit, behind = unit;
 
-  // The unit `ahead`, which is then advanced. One lane of every warp copies some images: one alone would take as long for
-  // sixteen as the block for their products.
+  // A warp copies whole images, vector by vector.
   const auto load = [&](int stage) {
-    if (lane == 0) {
-      const int images = ahead.images(g);
-      const uint32 bytes = static_cast<uint32>(ahead.planes(g) * x_plane) * sizeof(T);
-      const int own = max(0, (images - warp + kWarps - 1) / kWarps);
-      ptx::barrier_arrive_expect(&full[stage], own * bytes);
-      const T* source = x + ahead.offset(warp, x_plane, g);
-      unsigned char* destination = inputs + stage * stage_bytes + warp * g.input_pitch;
+    const int images = ahead.images(g);
+    const int bytes = ahead.planes(g) * x_plane * static_cast<int>(sizeof(T));
+    unsigned char* to = inputs + stage * stage_bytes + warp * g.input_pitch;
+    const T* from = x + ahead.offset(warp, x_plane, g);
 #pragma unroll 1
-      for (int i = 0; i < own; ++i) {
-        ptx::bulk_load(destination, source, bytes, &full[stage]);
-        source += kWarps * x_image;
-        destination += kWarps * g.input_pitch;
-      }
+    for (int image = warp; image < images; image += kWarps) {
+#pragma unroll 4
+      for (int place = lane * kBulkAlignment; place < bytes; place += kWarp * kBulkAlignment)
+        ptx::copy_async(to + place, reinterpret_cast<const unsigned char*>(from) + place);
+      to += kWarps * g.input_pitch;
+      from += kWarps * x_image;
     }
     ahead.advance(g);
   };
-
-  if (thread == 0)
-    for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(&full[stage], kWarps);
-  __syncthreads();
+  const auto store = [&](int stage) {
+    using Piece = Vector<uint32, 4>;
+    const int images = behind.images(g);
+    const int bytes = behind.planes(g) * y_plane * static_cast<int>(sizeof(T));
+    const unsigned char* from = outputs + stage * kImages * g.output_pitch + warp * g.output_pitch;
+    T* to = y + behind.offset(warp, y_plane, g);
 #pragma unroll 1
-  for (int stage = 0; stage < min(kStages, units); ++stage) load(stage);
-  // No bulk copy writes here: around stages, and behind the runs of images.
+    for (int image = warp; image < images; image += kWarps) {
+#pragma unroll 4
+      for (int place = lane * kBulkAlignment; place < bytes; place += kWarp * kBulkAlignment)
+        *reinterpret_cast<Piece*>(reinterpret_cast<unsigned char*>(to) + place) =
+            *reinterpret_cast<const Piece*>(from + place);
+      from += kWarps * g.output_pitch;
+      to += kWarps * y_image;
+    }
+    behind.advance(g);
+  };
+
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    if (stage < units) load(stage);
+    ptx::copy_async_commit();
+  }
+  // No copy writes here: around stages, and behind the runs of images.
 #pragma unroll 1
   for (int stage = 0; stage <= kStages; ++stage)
 #pragma unroll 1
-    for (int i = thread; i < g.guard_bytes / 4; i += kThreads)
-      reinterpret_cast<uint32*>(shared + stage * stage_bytes)[i] = 0;
+    for (int i = thread * 4; i < g.guard_bytes; i += kThreads * 4)
+      *reinterpret_cast<uint32*>(shared + stage * stage_bytes + i) = 0;
   const int run_bytes = g.block_planes * x_plane * static_cast<int>(sizeof(T));
 #pragma unroll 1
-  for (int row = warp; row < kStages * kImages; row += kWarps)
+  for (int row = thread; row < kStages * kImages; row += kThreads)
 #pragma unroll 1
-    for (int i = run_bytes + lane * 4; i < g.input_pitch; i += kWarp * 4)
+    for (int i = run_bytes; i < g.input_pitch; i += 4)
       *reinterpret_cast<uint32*>(inputs + row / kImages * stage_bytes + row % kImages * g.input_pitch + i) = 0;
 #pragma unroll 1
-  for (int i = thread; i < g.block_planes * (g.table_size + 1); i += kThreads) tables[i] = 0;
-  __syncthreads();
+  for (int i = lane; i <= g.table_size; i += kWarp) table[i] = 0;
 
   // A warp's plane of the block's is always the same, and so are its groups.
   const int plane = kPeriodic ? 0 : divide(warp, g.groups_magic);
@@ -274,25 +283,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     const int k = unit.first_plane(g) + plane;
     const T* const weights = w + static_cast<int64>(k) * (g.R * g.S);
     const bool busy = plane < unit.planes(g);
-    if (turn == 0 || unit.rank == 0) {
-      fill_tables(g, w, unit, tables, thread);
-      __syncthreads();
-      if (busy) {
-        const int t_group = kPeriodic ? 0 : first_group;
-        const int first_pixel = (plane_window + t_group * g.group_grains) * kGrain - plane * x_plane;
-        const int first_output = (plane_tile + t_group * kTiles) * kTile - plane * y_plane;
-        make_products(g, tables + plane * (g.table_size + 1), first_pixel, first_output, lane, t);
-        start = bias == nullptr ? 0.0f : widen(bias[k]);
-        bool own = true;
-#pragma unroll 1
-        for (int tap = lane; tap < g.R * g.S; tap += kWarp) {
-          const float weight = widen(weights[tap]);
-          own = own && weight - weight == 0.0f;
-        }
-        finite = __all_sync(kAllLanes, own);
-      }
+    // Everybody's copies have landed, and what was read or written a turn ago is no longer needed, or complete.
+    ptx::copy_async_wait<kStages - 2>();
+    __syncthreads();
+    if (turn + kStages - 1 < units) load((turn + kStages - 1) % kStages);
+    ptx::copy_async_commit();
+    if (turn > 0) store((turn - 1) % 2);
+
+    if (busy && (turn == 0 || unit.rank == 0)) {
+      __syncwarp();
+      finite = fill_table(g, weights, table, lane);
+      __syncwarp();
+      const int t_group = kPeriodic ? 0 : first_group;
+      const int first_pixel = (plane_window + t_group * g.group_grains) * kGrain - plane * x_plane;
+      const int first_output = (plane_tile + t_group * kTiles) * kTile - plane * y_plane;
+      make_products(g, table, first_pixel, first_output, lane, t);
+      start = bias == nullptr ? 0.0f : widen(bias[k]);
     }
-    ptx::barrier_wait(&full[stage], turn / kStages % 2);
 
 #pragma unroll 1
     for (int group = busy ? first_group : groups; group < groups; group += kWarps) {
@@ -351,24 +358,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
         }
       }
     }
-
-    // The store before this one has long read its buffer; the next unit's results may then go there.
-    if (lane == 0) ptx::bulk_store_wait_read<0>();
-    ptx::fence_shared_for_bulk();
-    __syncthreads();
-    if (lane == 0) {
-      const uint32 bytes = static_cast<uint32>(unit.planes(g) * y_plane) * sizeof(T);
-      T* destination = y + unit.offset(warp, y_plane, g);
-      const unsigned char* source = output + warp * g.output_pitch;
-#pragma unroll 1
-      for (int image = warp; image < unit.images(g); image += kWarps) {
-        ptx::bulk_store(destination, source, bytes);
-        destination += kWarps * y_image;
-        source += kWarps * g.output_pitch;
-      }
-      ptx::bulk_store_commit();
-    }
-    if (turn + kStages < units) load(stage);
   }
-  if (lane == 0) ptx::bulk_store_wait_read<0>();
+  __syncthreads();
+  store((units - 1) % 2);
 }

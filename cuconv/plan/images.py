@@ -90,7 +90,7 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         inputs = self.stages * (_IMAGES * self.input_pitch + self.guard_bytes) + self.guard_bytes
-        return inputs + 2 * _IMAGES * self.output_pitch + self.block_planes * (self.table_size + 1) * _SIZE
+        return inputs + 2 * _IMAGES * self.output_pitch + self.warps * (self.table_size + 1) * _SIZE
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:

@@ -178,6 +178,24 @@ inline uint32 floats_to_bfloat16_pair(float lower, float upper) {
 
 #if __CUDA_ARCH__ >= 800
 
+inline void copy_async(void* shared, const void* global, int line = __builtin_LINE()) {
+  hostcuda::check_bulk("copy_async", shared, global, 16, line);
+  memset(shared, 0xFF, 16);
+  self->copies.push_back({shared, global, self->copy_groups});
+}
+
+inline void copy_async_commit() { self->copy_groups++; }
+
+// Carries out, at the last moment, all but the newest kGroups groups.
+template <int kGroups>
+void copy_async_wait() {
+  auto& copies = self->copies;
+  while (!copies.empty() && copies.front().group < self->copy_groups - kGroups) {
+    memcpy(copies.front().to, copies.front().from, 16);
+    copies.erase(copies.begin());
+  }
+}
+
 // All lanes of the warp show each other a variable of theirs, which each reads through `of_lane`; none goes on before
 // all have read.
 template <class T, class Read>
