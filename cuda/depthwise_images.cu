@@ -39,6 +39,8 @@ constexpr bool kPairs = CUCONV_PAIRS;
 constexpr bool kPeriodic = CUCONV_PERIODIC;
 
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kInVectors = CUCONV_IN_VECTORS;
+constexpr int kOutVectors = CUCONV_OUT_VECTORS;
 // The shape of a product: images, pixels, outputs.
 constexpr int kImages = 16;
 constexpr int kStep = 16;
@@ -46,6 +48,9 @@ constexpr int kTile = 8;
 // Where windows and tiles may start: every so many elements.
 constexpr int kGrain = kBulkAlignment / static_cast<int>(sizeof(T));
 constexpr uint32 kAllLanes = 0xffffffff;
+// What a warp copies at once, and the images of a unit that it copies.
+constexpr int kWarpBytes = kWarp * kBulkAlignment;
+constexpr int kOwnImages = (kImages + kWarps - 1) / kWarps;
 // Behind every index of a table, whatever is added to or subtracted from it.
 constexpr int kNowhere = 1 << 28;
 
@@ -213,34 +218,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   // A warp copies whole images, vector by vector.
   const auto load = [&](int stage) {
     const int images = ahead.images(g);
-    const int bytes = ahead.planes(g) * x_plane * static_cast<int>(sizeof(T));
-    unsigned char* to = inputs + stage * stage_bytes + warp * g.input_pitch;
-    const T* from = x + ahead.offset(warp, x_plane, g);
-#pragma unroll 1
-    for (int image = warp; image < images; image += kWarps) {
-#pragma unroll 4
-      for (int place = lane * kBulkAlignment; place < bytes; place += kWarp * kBulkAlignment)
-        ptx::copy_async(to + place, reinterpret_cast<const unsigned char*>(from) + place);
-      to += kWarps * g.input_pitch;
-      from += kWarps * x_image;
-    }
+    const int bytes = ahead.planes(g) * x_plane * static_cast<int>(sizeof(T)) - lane * kBulkAlignment;
+    unsigned char* const to = inputs + stage * stage_bytes + warp * g.input_pitch + lane * kBulkAlignment;
+    const T* const from = x + ahead.offset(warp, x_plane, g) + lane * kGrain;
+#pragma unroll
+    for (int i = 0; i < kOwnImages; ++i)
+#pragma unroll
+      for (int v = 0; v < kInVectors; ++v)
+        if (warp + i * kWarps < images && v * kWarpBytes < bytes)
+          ptx::copy_async(to + i * kWarps * g.input_pitch + v * kWarpBytes, from + i * kWarps * x_image + v * kWarp * kGrain);
     ahead.advance(g);
   };
   const auto store = [&](int stage) {
     using Piece = Vector<uint32, 4>;
     const int images = behind.images(g);
-    const int bytes = behind.planes(g) * y_plane * static_cast<int>(sizeof(T));
-    const unsigned char* from = outputs + stage * kImages * g.output_pitch + warp * g.output_pitch;
-    T* to = y + behind.offset(warp, y_plane, g);
-#pragma unroll 1
-    for (int image = warp; image < images; image += kWarps) {
-#pragma unroll 4
-      for (int place = lane * kBulkAlignment; place < bytes; place += kWarp * kBulkAlignment)
-        *reinterpret_cast<Piece*>(reinterpret_cast<unsigned char*>(to) + place) =
-            *reinterpret_cast<const Piece*>(from + place);
-      from += kWarps * g.output_pitch;
-      to += kWarps * y_image;
-    }
+    const int bytes = behind.planes(g) * y_plane * static_cast<int>(sizeof(T)) - lane * kBulkAlignment;
+    const unsigned char* const from =
+        outputs + (stage * kImages + warp) * g.output_pitch + lane * kBulkAlignment;
+    T* const to = y + behind.offset(warp, y_plane, g) + lane * kGrain;
+#pragma unroll
+    for (int i = 0; i < kOwnImages; ++i)
+#pragma unroll
+      for (int v = 0; v < kOutVectors; ++v)
+        if (warp + i * kWarps < images && v * kWarpBytes < bytes)
+          *reinterpret_cast<Piece*>(to + i * kWarps * y_image + v * kWarp * kGrain) =
+              *reinterpret_cast<const Piece*>(from + i * kWarps * g.output_pitch + v * kWarpBytes);
     behind.advance(g);
   };
 
@@ -283,13 +285,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     const int k = unit.first_plane(g) + plane;
     const T* const weights = w + static_cast<int64>(k) * (g.R * g.S);
     const bool busy = plane < unit.planes(g);
-    // Everybody's copies have landed, and what was read or written a turn ago is no longer needed, or complete.
-    ptx::copy_async_wait<kStages - 2>();
-    __syncthreads();
-    if (turn + kStages - 1 < units) load((turn + kStages - 1) % kStages);
-    ptx::copy_async_commit();
-    if (turn > 0) store((turn - 1) % 2);
-
     if (busy && (turn == 0 || unit.rank == 0)) {
       __syncwarp();
       finite = fill_table(g, weights, table, lane);
@@ -300,6 +295,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       make_products(g, table, first_pixel, first_output, lane, t);
       start = bias == nullptr ? 0.0f : widen(bias[k]);
     }
+
+    // Everybody's copies have landed, and what was read or written a turn ago is no longer needed, or complete.
+    ptx::copy_async_wait<kStages - 2>();
+    __syncthreads();
+    if (turn + kStages - 1 < units) load((turn + kStages - 1) % kStages);
+    ptx::copy_async_commit();
+    if (turn > 0) store((turn - 1) % 2);
 
 #pragma unroll 1
     for (int group = busy ? first_group : groups; group < groups; group += kWarps) {

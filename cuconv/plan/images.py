@@ -38,8 +38,10 @@ _MAX_MEETINGS = 2**17
 _MIN_WARPS, _MAX_WARPS = 1, 16
 _MAX_TILES = 8
 _MAX_STEPS = 24
-_STAGES = (2, 3, 4, 6)
+_STAGES = (2, 3, 4)
 _BLOCKS = (1, 2, 3, 4)
+# What a warp copies at once.
+_WARP_BYTES = 32 * VECTOR_BYTES
 # Registers of a thread beside those of products and sums.
 _OTHER_REGISTERS = 48
 _REGISTERS = 65536
@@ -128,6 +130,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
             ("THREADS", tile.threads),
             ("BLOCKS", tile.blocks),
             ("STAGES", tile.stages),
+            ("IN_VECTORS", -(-tile.block_planes * g.H * g.W * _SIZE // _WARP_BYTES)),
+            ("OUT_VECTORS", -(-tile.block_planes * g.P * g.Q * _SIZE // _WARP_BYTES)),
             ("STEPS", tile.group.steps),
             ("MASKS", ", ".join(map(hex, tile.group.masks))),
             ("PAIRS", int(g.P * g.Q % 2 == 0)),
