@@ -20,7 +20,8 @@
 //
 // Compile-time values: T; TURNED (the kernel, both ways); THREADS; BLOCKS (of a multiprocessor); STAGES (units under way at
 // once); STEPS (of a window); MASKS (of every tile of a group: bit i is set where it meets k-step i); PAIRS (planes of y have an
-// even number of elements); PERIODIC (see below).
+// even number of elements); EDGES (bit i is set where a group's tile i
+// may have outputs that are not its plane's); PERIODIC (see below).
 //
 // Where a group is some whole rows and x as wide as y, the same t serves all groups, if only x is zero above and below
 // its plane. A unit is then one plane, with zeros between images, and a warp makes every kWarps-th group.
@@ -36,6 +37,7 @@ constexpr int kThreads = CUCONV_THREADS;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kSteps = CUCONV_STEPS;
 constexpr bool kPairs = CUCONV_PAIRS;
+constexpr uint32 kEdges = CUCONV_EDGES;
 constexpr bool kPeriodic = CUCONV_PERIODIC;
 
 constexpr int kWarps = kThreads / kWarp;
@@ -83,11 +85,12 @@ struct Parameters {
   int image_units;                 // units of the same planes
   int block_planes;
   int block_units, extra_units;    // units of a block; so many blocks, the first ones, have one more
+  int own_bytes;                   // shared bytes of a warp's own
   int guard_bytes;                 // zeros before and behind every stage
   int input_pitch, output_pitch;   // shared bytes from one image of a unit to the next
 };
 
-// A unit's place among all.
+// A unit's place among all, and in an array of planes of so many elements.
 struct Unit {
   int part;  // planes [part * block_planes, ...)
   int rank;  // images [rank * kImages, ...)
@@ -95,20 +98,40 @@ struct Unit {
   __device__ __forceinline__ Unit(int index, const Parameters& g)
       : part(index / g.image_units), rank(index - part * g.image_units) {}
 
-  __device__ __forceinline__ void advance(const Parameters& g) {
-    if (++rank == g.image_units) {
+  // Whether the next unit is of other planes.
+  __device__ __forceinline__ bool advance(const Parameters& g) {
+    const bool last = ++rank == g.image_units;
+    if (last) {
       rank = 0;
       ++part;
     }
+    return last;
   }
   __device__ __forceinline__ int first_plane(const Parameters& g) const { return part * g.block_planes; }
   __device__ __forceinline__ int planes(const Parameters& g) const {
     return min(g.block_planes, g.K - part * g.block_planes);
   }
   __device__ __forceinline__ int images(const Parameters& g) const { return min(kImages, g.images - rank * kImages); }
-  // Where the unit's planes of one of its images start in an array of planes of so many elements.
-  __device__ __forceinline__ int64 offset(int image, int plane_size, const Parameters& g) const {
-    return (static_cast<int64>(rank * kImages + image) * g.K + first_plane(g)) * plane_size;
+};
+
+// Where in an array of planes of so many elements a lane copies of a unit, which is then followed by the next.
+struct Cursor : Unit {
+  int64 image_size;
+  int64 place;
+
+  __device__ __forceinline__ Cursor(const Unit& unit, int plane_size, int warp, int lane, const Parameters& g)
+      : Unit(unit), image_size(static_cast<int64>(g.K) * plane_size) {
+    start(plane_size, warp, lane, g);
+  }
+  __device__ __forceinline__ void start(int plane_size, int warp, int lane, const Parameters& g) {
+    place = (rank * kImages + warp) * image_size + static_cast<int64>(first_plane(g)) * plane_size + lane * kGrain;
+  }
+  __device__ __forceinline__ void follow(int plane_size, int warp, int lane, const Parameters& g) {
+    if (advance(g)) {
+      start(plane_size, warp, lane, g);
+    } else {
+      place += kImages * image_size;
+    }
   }
 };
 
@@ -128,44 +151,51 @@ __device__ __forceinline__ bool fill_table(const Parameters& g, const T* weights
   return __all_sync(kAllLanes, finite);
 }
 
+// Pixel and output meet at an index of the table that is the difference of two numbers, one of each. Here are those of a
+// warp's window, whose first pixel is first_pixel, and of its tiles, of which the first output is first_output.
+struct Places {
+  Vector<int, 2> of_pixels[kSteps * kStep / 2];
+  int of_outputs[kTiles * kTile];
+};
+
+__device__ __forceinline__ void find_places(const Parameters& g, int first_pixel, int first_output, Places& places,
+                                            int lane) {
+#pragma unroll 1
+  for (int i = lane; i < kSteps * kStep; i += kWarp) {
+    const int k = first_pixel + i;
+    const int h = divide(max(k + g.rows_before * g.W, 0), g.W_magic) - g.rows_before;
+    const bool exists = kPeriodic || within(k, g.H * g.W);
+    places.of_pixels[i / 2].piece[i % 2] = exists ? k + h * (g.table_pitch - g.W) : -kNowhere;
+  }
+#pragma unroll 1
+  for (int i = lane; i < kTiles * kTile; i += kWarp) {
+    const int n = first_output + i;
+    const int p = divide(max(n, 0), g.Q_magic);
+    const int index = (p * g.stride_h - g.top) * g.table_pitch + (n - p * g.Q + 1 - g.Q) * g.stride_w;
+    places.of_outputs[i] = kPeriodic || within(n, g.P * g.Q) ? index : kNowhere;
+  }
+}
+
 // What the lane holds of t: for every tile and k-step of the window the rows 2j, 2j + 1, 2j + 8, 2j + 9 (j = lane % 4) of column
-// lane / 4. The window starts at pixel first_pixel, the first tile at output first_output.
-//
-// Pixel and output meet at an index of the table that is a difference of two numbers, one of each.
-__device__ __forceinline__ void make_products(const Parameters& g, const uint16* table, int first_pixel,
-                                              int first_output, int lane, uint32 (&t)[kTiles][kSteps][2]) {
-  // All this is the same whatever the planes: the compiler would compute it once and for all, and run out of registers.
-  first_output = ptx::as_it_is(first_output);
+// lane / 4.
+__device__ __forceinline__ void make_products(const Parameters& g, const uint16* table, const Places& places, int lane,
+                                              uint32 (&t)[kTiles][kSteps][2]) {
   int of_output[kTiles];
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int n = first_output + tile * kTile + lane / 4;
-    const int p = divide(max(n, 0), g.Q_magic);
-    const int q = n - p * g.Q;
-    const int index = (p * g.stride_h - g.top) * g.table_pitch + (q + 1 - g.Q) * g.stride_w;
-    of_output[tile] = kPeriodic || within(n, g.P * g.Q) ? index : kNowhere;
-  }
+  for (int tile = 0; tile < kTiles; ++tile) of_output[tile] = places.of_outputs[tile * kTile + lane / 4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    first_pixel = ptx::as_it_is(first_pixel);
-    int of_pixel[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int k = first_pixel + step * kStep + lane % 4 * 2 + e / 2 * 8 + e % 2;
-      const int below = max(k + g.rows_before * g.W, 0);
-      const int h = divide(below, g.W_magic) - g.rows_before;
-      of_pixel[e] = kPeriodic || within(k, g.H * g.W) ? k + h * (g.table_pitch - g.W) : -kNowhere;
-    }
+    for (int half = 0; half < 2; ++half) {
+      const Vector<int, 2> of_pixel = places.of_pixels[step * (kStep / 2) + half * 4 + lane % 4];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      if (!meets(tile, step)) continue;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (!meets(tile, step)) continue;
         uint32 bits[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           // What is not in the table is the zero behind it.
-          const uint32 index = static_cast<uint32>(of_pixel[half * 2 + e] - of_output[tile]);
+          const uint32 index = static_cast<uint32>(of_pixel.piece[e] - of_output[tile]);
           bits[e] = table[min(index, static_cast<uint32>(g.table_size))];
         }
         t[tile][step][half] = bits[0] | bits[1] << 16;
@@ -204,30 +234,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int stage_bytes = kImages * g.input_pitch + g.guard_bytes;
   unsigned char* const inputs = shared + g.guard_bytes;
   unsigned char* const outputs = inputs + kStages * stage_bytes;
-  uint16* const table =
-      reinterpret_cast<uint16*>(outputs + 2 * kImages * g.output_pitch) + warp * (g.table_size + 1);
+  unsigned char* const own = outputs + 2 * kImages * g.output_pitch + warp * g.own_bytes;
+  Places& places = *reinterpret_cast<Places*>(own);
+  uint16* const table = reinterpret_cast<uint16*>(own + sizeof(Places));
 
   const int x_plane = g.H * g.W;
   const int y_plane = g.P * g.Q;
-  const int64 x_image = static_cast<int64>(g.K) * x_plane;
-  const int64 y_image = static_cast<int64>(g.K) * y_plane;
   const int units = g.block_units + (block < g.extra_units ? 1 : 0);
   Unit unit(block * g.block_units + min(block, g.extra_units), g);
-  Unit ahead = unit, behind = unit;
+  Cursor ahead(unit, x_plane, warp, lane, g), behind(unit, y_plane, warp, lane, g);
 
   // A warp copies whole images, vector by vector.
   const auto load = [&](int stage) {
     const int images = ahead.images(g);
     const int bytes = ahead.planes(g) * x_plane * static_cast<int>(sizeof(T)) - lane * kBulkAlignment;
     unsigned char* const to = inputs + stage * stage_bytes + warp * g.input_pitch + lane * kBulkAlignment;
-    const T* const from = x + ahead.offset(warp, x_plane, g) + lane * kGrain;
+    const T* const from = x + ahead.place;
 #pragma unroll
     for (int i = 0; i < kOwnImages; ++i)
 #pragma unroll
       for (int v = 0; v < kInVectors; ++v)
         if (warp + i * kWarps < images && v * kWarpBytes < bytes)
-          ptx::copy_async(to + i * kWarps * g.input_pitch + v * kWarpBytes, from + i * kWarps * x_image + v * kWarp * kGrain);
-    ahead.advance(g);
+          ptx::copy_async(to + i * kWarps * g.input_pitch + v * kWarpBytes, from + i * kWarps * ahead.image_size + v * kWarp * kGrain);
+    ahead.follow(x_plane, warp, lane, g);
   };
   const auto store = [&](int stage) {
     using Piece = Vector<uint32, 4>;
@@ -235,15 +264,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     const int bytes = behind.planes(g) * y_plane * static_cast<int>(sizeof(T)) - lane * kBulkAlignment;
     const unsigned char* const from =
         outputs + (stage * kImages + warp) * g.output_pitch + lane * kBulkAlignment;
-    T* const to = y + behind.offset(warp, y_plane, g) + lane * kGrain;
+    T* const to = y + behind.place;
 #pragma unroll
     for (int i = 0; i < kOwnImages; ++i)
 #pragma unroll
       for (int v = 0; v < kOutVectors; ++v)
         if (warp + i * kWarps < images && v * kWarpBytes < bytes)
-          *reinterpret_cast<Piece*>(to + i * kWarps * y_image + v * kWarp * kGrain) =
+          *reinterpret_cast<Piece*>(to + i * kWarps * behind.image_size + v * kWarp * kGrain) =
               *reinterpret_cast<const Piece*>(from + i * kWarps * g.output_pitch + v * kWarpBytes);
-    behind.advance(g);
+    behind.follow(y_plane, warp, lane, g);
   };
 
 #pragma unroll 1
@@ -275,6 +304,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int fragment = lane % kImages * g.input_pitch + (plane_window + lane / kImages) * kBulkAlignment;
   const int column = lane % 4 * 2;
 
+  const int t_group = kPeriodic ? 0 : first_group;
+  find_places(g, (plane_window + t_group * g.group_grains) * kGrain - plane * x_plane,
+              (plane_tile + t_group * kTiles) * kTile - plane * y_plane, places, lane);
+
   uint32 t[kTiles][kSteps][2];
   float start = 0.0f;
   bool finite = true;
@@ -289,10 +322,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       __syncwarp();
       finite = fill_table(g, weights, table, lane);
       __syncwarp();
-      const int t_group = kPeriodic ? 0 : first_group;
-      const int first_pixel = (plane_window + t_group * g.group_grains) * kGrain - plane * x_plane;
-      const int first_output = (plane_tile + t_group * kTiles) * kTile - plane * y_plane;
-      make_products(g, table, first_pixel, first_output, lane, t);
+      make_products(g, table, places, lane, t);
       start = bias == nullptr ? 0.0f : widen(bias[k]);
     }
 
@@ -350,9 +380,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
           for (int half = 0; half < 2; ++half) {
             unsigned char* const place = row + half * 8 * g.output_pitch + tile * kTile * sizeof(T);
             const uint32 pair = narrow_pair(T{}, sum[tile][half * 2], sum[tile][half * 2 + 1]);
-            if (within(n, y_plane - 1)) *reinterpret_cast<uint32*>(place) = pair;
+            const bool edge = (kEdges >> tile & 1) != 0;
+            if (!edge || within(n, y_plane - 1)) *reinterpret_cast<uint32*>(place) = pair;
             // Planes that begin or end within a word share it with their neighbours.
-            if constexpr (!kPairs) {
+            if (edge && !kPairs) {
               if (tile == 0 && n == -1) *reinterpret_cast<uint16*>(place + sizeof(T)) = static_cast<uint16>(pair >> 16);
               if (n == y_plane - 1) *reinterpret_cast<uint16*>(place) = static_cast<uint16>(pair);
             }

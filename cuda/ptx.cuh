@@ -56,12 +56,6 @@ __device__ __forceinline__ T* as_it_is(T* address) {
   return static_cast<T*>(__cvta_global_to_generic(global));
 }
 
-// The number, of which the compiler now knows no more than that, and what is made of it is made here each time.
-__device__ __forceinline__ int as_it_is(int number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
-
 __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }

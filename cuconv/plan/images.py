@@ -90,9 +90,15 @@ class Tile:
         return 32 * self.warps
 
     @property
+    def own_bytes(self) -> int:
+        """A warp's: two places of a pixel and an output, and a table with a zero behind it."""
+        places = self.group.steps * _STEP + len(self.group.masks) * _TILE
+        return -(-(places * 4 + (self.table_size + 1) * _SIZE) // 8) * 8
+
+    @property
     def shared_bytes(self) -> int:
         inputs = self.stages * (_IMAGES * self.input_pitch + self.guard_bytes) + self.guard_bytes
-        return inputs + 2 * _IMAGES * self.output_pitch + self.warps * (self.table_size + 1) * _SIZE
+        return inputs + 2 * _IMAGES * self.output_pitch + self.warps * self.own_bytes
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
@@ -135,6 +141,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
             ("STEPS", tile.group.steps),
             ("MASKS", ", ".join(map(hex, tile.group.masks))),
             ("PAIRS", int(g.P * g.Q % 2 == 0)),
+            ("EDGES", hex(edges(g, tile.group))),
             ("PERIODIC", int(tile.periodic)),
         ),
         grid=(blocks, 1, 1),
@@ -160,6 +167,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
             ("block_planes", tile.block_planes),
             ("block_units", units // blocks),
             ("extra_units", units % blocks),
+            ("own_bytes", tile.own_bytes),
             ("guard_bytes", tile.guard_bytes),
             ("input_pitch", tile.input_pitch),
             ("output_pitch", tile.output_pitch),
@@ -228,6 +236,16 @@ def is_periodic(g: Conv2dGeometry, group: Group) -> bool:
         and g.H * g.W % _GRAIN == g.P * g.Q % _TILE == len(group.masks) * _TILE % g.W == 0
         and group.apart == len(group.masks)
     )
+
+
+def edges(g: Conv2dGeometry, group: Group) -> int:
+    """A mask of the tiles of a group that in any plane may have outputs of other planes."""
+    size, mask = len(group.masks), 0
+    for start in {c * g.P * g.Q % _TILE for c in range(_TILE)}:
+        for tile in range(group.count * size):
+            if not start <= tile * _TILE <= start + g.P * g.Q - _TILE:
+                mask |= 1 << tile % size
+    return mask
 
 
 def replace_images(g: Conv2dGeometry) -> tuple[Any, ...]:

@@ -159,8 +159,6 @@ T* as_it_is(T* address) {
   return address;
 }
 
-inline int as_it_is(int number) { return number; }
-
 inline void half_pair_to_floats(uint32 pair, float& lower, float& upper) {
   lower = half_to_float(uint16(pair));
   upper = half_to_float(uint16(pair >> 16));
