@@ -53,6 +53,8 @@ constexpr uint32 kAllLanes = 0xffffffff;
 // What a warp copies at once, and the images of a unit that it copies.
 constexpr int kWarpBytes = kWarp * kBulkAlignment;
 constexpr int kOwnImages = (kImages + kWarps - 1) / kWarps;
+// Elements of a line of the cache.
+constexpr int kLine = 128 / static_cast<int>(sizeof(T));
 // Behind every index of a table, whatever is added to or subtracted from it.
 constexpr int kNowhere = 1 << 28;
 
@@ -118,6 +120,7 @@ struct Unit {
 struct Cursor : Unit {
   int64 image_size;
   int64 place;
+  bool first = true;
 
   __device__ __forceinline__ Cursor(const Unit& unit, int plane_size, int warp, int lane, const Parameters& g)
       : Unit(unit), image_size(static_cast<int64>(g.K) * plane_size) {
@@ -244,8 +247,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   Unit unit(block * g.block_units + min(block, g.extra_units), g);
   Cursor ahead(unit, x_plane, warp, lane, g), behind(unit, y_plane, warp, lane, g);
 
-  // A warp copies whole images, vector by vector.
+  // A warp's plane of the block's is always the same, and so are its groups.
+  const int plane = kPeriodic ? 0 : divide(warp, g.groups_magic);
+  const int first_group = warp - plane * g.groups;
+  const int groups = kPeriodic ? g.groups : first_group + 1;
+  // A warp copies whole images, vector by vector. With a part's first one it asks for the part's weights.
   const auto load = [&](int stage) {
+    if (ahead.rank == 0 || ahead.first) {
+      const int64 k = ahead.first_plane(g) + plane;
+      if (k < g.K && lane * kLine < g.R * g.S) ptx::prefetch(w + k * (g.R * g.S) + lane * kLine);
+      ahead.first = false;
+    }
     const int images = ahead.images(g);
     const int bytes = ahead.planes(g) * x_plane * static_cast<int>(sizeof(T)) - lane * kBulkAlignment;
     unsigned char* const to = inputs + stage * stage_bytes + warp * g.input_pitch + lane * kBulkAlignment;
@@ -288,17 +300,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       *reinterpret_cast<uint32*>(shared + stage * stage_bytes + i) = 0;
   const int run_bytes = g.block_planes * x_plane * static_cast<int>(sizeof(T));
 #pragma unroll 1
-  for (int row = thread; row < kStages * kImages; row += kThreads)
+  for (int row = run_bytes < g.input_pitch ? thread : kStages * kImages; row < kStages * kImages; row += kThreads)
 #pragma unroll 1
     for (int i = run_bytes; i < g.input_pitch; i += 4)
       *reinterpret_cast<uint32*>(inputs + row / kImages * stage_bytes + row % kImages * g.input_pitch + i) = 0;
 #pragma unroll 1
   for (int i = lane; i <= g.table_size; i += kWarp) table[i] = 0;
 
-  // A warp's plane of the block's is always the same, and so are its groups.
-  const int plane = kPeriodic ? 0 : divide(warp, g.groups_magic);
-  const int first_group = warp - plane * g.groups;
-  const int groups = kPeriodic ? g.groups : first_group + 1;
   const int plane_window = plane * x_plane / kGrain + g.first_grain;
   const int plane_tile = plane * y_plane / kGrain;
   const int fragment = lane % kImages * g.input_pitch + (plane_window + lane / kImages) * kBulkAlignment;
