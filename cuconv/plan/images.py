@@ -35,15 +35,15 @@ _GRAIN = VECTOR_BYTES // _SIZE
 MAX_PLANE = 1024
 # The needs of a plane are looked at tap by tap.
 _MAX_MEETINGS = 2**17
-_MIN_WARPS, _MAX_WARPS = 1, 16
+_FEW_WARPS, _MAX_WARPS = 4, 16
 _MAX_TILES = 8
 _MAX_STEPS = 24
 _STAGES = (2, 3, 4)
 _BLOCKS = (1, 2, 3, 4)
 # What a warp copies at once.
 _WARP_BYTES = 32 * VECTOR_BYTES
-# Registers of a thread beside those of products and sums.
-_OTHER_REGISTERS = 48
+# Registers of a thread beside those of products, sums and pixels: with fewer, some groups spill.
+_OTHER_REGISTERS = 45
 _REGISTERS = 65536
 
 
@@ -66,7 +66,7 @@ class Group:
 
     @property
     def registers(self) -> int:
-        return 2 * self.products + 4 * len(self.masks) + _OTHER_REGISTERS
+        return 2 * self.products + 4 * len(self.masks) + 2 * self.steps + _OTHER_REGISTERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +195,11 @@ def tiles(g: Conv2dGeometry, target: Target, aligned: bool) -> Iterator[Tile]:
     for group in groups(replace_images(g)):
         periodic = is_periodic(g, group)
         if periodic:
-            shapes = [(1, -(-group.count // rounds)) for rounds in range(1, group.count + 1)]
+            shapes = [(1, -(-group.count // rounds)) for rounds in range(1, group.count // _FEW_WARPS + 2)]
         else:
             shapes = [(planes, planes * group.count) for planes in range(together, g.K + together, together)]
         for planes, warps in dict.fromkeys(shapes):
-            if not _MIN_WARPS <= warps <= _MAX_WARPS:
+            if warps > _MAX_WARPS or (periodic and warps < min(_FEW_WARPS, group.count)):
                 continue
             input_bytes, output_bytes = planes * x_plane * _SIZE, planes * y_plane * _SIZE
             last = ((planes - 1) * x_plane // _GRAIN + group.first + (group.count - 1) * group.apart) * VECTOR_BYTES
@@ -219,7 +219,8 @@ def tiles(g: Conv2dGeometry, target: Target, aligned: bool) -> Iterator[Tile]:
                     table_pitch=table_pitch,
                     table_size=table_size,
                 )
-                registers = min(255, _REGISTERS // (tile.threads * blocks) // 8 * 8)
+                # Warps are dealt to four schedulers, each with registers of its own.
+                registers = min(255, _REGISTERS // (-(-warps // 4) * 128 * blocks) // 8 * 8)
                 if (
                     tile.shared_bytes + SHARED_RESERVE <= target.shared_per_multiprocessor // blocks
                     and tile.shared_bytes + SHARED_RESERVE <= target.shared_per_block
