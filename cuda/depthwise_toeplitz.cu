@@ -24,6 +24,7 @@
 // so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows.
 #include "indices.cuh"
 #include "numbers.cuh"
+#include "products.cuh"
 #include "runs.cuh"
 
 using T = CUCONV_T;
@@ -105,13 +106,6 @@ struct Parameters {
 
 __device__ __forceinline__ uint32 magic_of(int divisor) {
   return ((1u << 31) + static_cast<uint32>(divisor) - 1) / static_cast<uint32>(divisor);
-}
-
-__device__ __forceinline__ void multiply(f16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  ptx::multiply_halves(sum, a, b);
-}
-__device__ __forceinline__ void multiply(bf16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  ptx::multiply_bfloat16s(sum, a, b);
 }
 
 // The input plane of an output plane.

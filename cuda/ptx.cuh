@@ -56,6 +56,11 @@ __device__ __forceinline__ T* as_it_is(T* address) {
   return static_cast<T*>(__cvta_global_to_generic(global));
 }
 
+// Asks for the cache line of an address in global memory, which must exist, to be brought to L2.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
+}
+
 __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }

@@ -90,6 +90,22 @@ _CHANNELS_LAST = {
     "4x5_stride_2": ((1, 6, 11, 14), (6, 1, 4, 5), (2, 2), ((1, 2), (3, 2)), (1, 1)),
 }
 
+# What only images side by side branch on: more and fewer of them than the rows of a product, planes that begin at every
+# element of a grain and at some, groups of a plane that are alike and that are not, planes that are too few for a unit.
+_IMAGES = {
+    "7x7_together": ((17, 16, 7, 7), (16, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "7x7_rest": ((5, 24, 7, 7), (24, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "14x14_together": ((35, 6, 14, 14), (6, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "14x14_7x7": ((16, 2, 14, 14), (2, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "28x28_alike": ((18, 2, 28, 28), (2, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "16x8_dilated_alike": ((3, 3, 16, 8), (3, 1, 3, 3), (1, 1), ((3, 2), (2, 2)), (3, 2)),
+    "9x7_strided": ((3, 8, 9, 7), (8, 1, 3, 4), (2, 1), ((1, 0), (2, 1)), (1, 1)),
+    "8x8_dilated": ((3, 3, 8, 8), (3, 1, 3, 2), (1, 1), ((2, 2), (2, 2)), (2, 3)),
+    "6x5_valid": ((2, 8, 6, 5), (8, 1, 3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)),
+    "one_pixel_of_8": ((20, 8, 1, 1), (8, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "4x4_much_padding": ((2, 2, 4, 4), (2, 1, 2, 2), (1, 1), ((6, 7), (5, 9)), (1, 1)),
+}
+
 
 def _geometries(table):
     return {
@@ -98,11 +114,13 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST)
+GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST | _IMAGES)
+# As rows of images it needs more products than registers hold.
+_TOO_MANY_PRODUCTS = [GEOMETRIES["large_kernel_dilated"]]
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
-VARIANTS = ("direct", "runs", "toeplitz", "tiles", "channels_last", "channels_last_staged")
+VARIANTS = ("direct", "runs", "toeplitz", "images", "tiles", "channels_last", "channels_last_staged")
 HALVES = ("float16", "bfloat16")
 
 
@@ -126,6 +144,14 @@ def suits(variant, direction, g, dtype):
         rows_apart = g.stride[0] // math.gcd(g.stride[0], g.dilation[0])
         takes = rows_apart <= 4 if forward else g.stride == (1, 1) and not multiplied
         return nchw and dtype in HALVES and takes
+    if variant == "images":
+        planes = [g.H * g.W, g.P * g.Q]
+        # Of so many planes the first and the last element are at multiples of 16 bytes.
+        together = math.lcm(*(8 // math.gcd(8, plane) for plane in planes))
+        whole = all(g.K * plane % 8 == 0 for plane in planes) and not multiplied
+        outputs = planes[1 if forward else 0]
+        few = max(planes) <= 1024 and together * outputs <= 1024 and g not in _TOO_MANY_PRODUCTS
+        return nchw and dtype in HALVES and whole and few and (forward or g.stride == (1, 1))
     if variant == "tiles":
         return nchw and not few_taps and dense and (forward or not multiplied)
     if variant == "channels_last_staged":
@@ -145,6 +171,7 @@ _MAIN_DTYPES = {
     "direct": ("float16", "float32"),
     "runs": ("float16", "float32"),
     "toeplitz": ("float16",),
+    "images": ("float16",),
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
     "channels_last_staged": ("float16", "float32"),  # of odd numbers of channels only float32
@@ -160,6 +187,8 @@ _FEW = (
     "large_kernel_strided",
     "9x9_channels",
     "8_channels",
+    "7x7_together",
+    "14x14_7x7",
 )
 
 
@@ -168,7 +197,8 @@ def cases(direction):
     nchw_names = EVERYWHERE | _LARGE | {"forward": {}, "dgrad": _DGRAD, "wgrad": _WGRAD}[direction]
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
-        for name in names[layout] if dtype in _MAIN_DTYPES[variant] else filter(names[layout].__contains__, _FEW):
+        of_variant = names[layout] | (_IMAGES if variant == "images" else {})
+        for name in of_variant if dtype in _MAIN_DTYPES[variant] else filter(of_variant.__contains__, _FEW):
             g = replace(GEOMETRIES[name], channels_last=layout == "nhwc")
             if layout == "nhwc" and not all(map(tells_layout, _read(direction, g))):
                 continue

@@ -258,6 +258,47 @@ def test_bulk_loads_land_late():
     assert x[2] == 7
 
 
+# Four times 32 numbers by 8 threads, the next on their way while the last are written.
+COPY_ASYNC = """
+  CUCONV_DYNAMIC_SHARED(bytes);
+  float* const tile = reinterpret_cast<float*>(bytes);
+  const int own = 4 * threadIdx.x;
+  const auto load = [&](int i) {
+    if (i < 4) ptx::copy_async(tile + i % 2 * 32 + own, x + 32 * i + own);
+    ptx::copy_async_commit();
+  };
+  load(0);
+  for (int i = 0; i < 4; i++) {
+    load(i + 1);
+    ptx::copy_async_wait<1>();
+    for (int e = 0; e < 4; e++) y[32 * i + own + e] = tile[i % 2 * 32 + own + e] + 1;
+  }
+  ptx::copy_async_wait<0>();
+"""
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+def test_asynchronous_copies(order):
+    x, y = copy(COPY_ASYNC, block=8, order=order)
+    assert np.array_equal(y, x + 1)
+    x, y = copy(COPY_ASYNC.replace("wait<1>", "wait<2>"), block=8, order=order)
+    assert np.isnan(y).any()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("x + 32 * i + own);", "x + 32 * i + own + 1);", "copy_async needs addresses"),
+        ("tile + i % 2 * 32 + own,", "tile + i * 32 + own,", "copy_async of 16 bytes leaves shared memory"),
+        ("ptx::copy_async_commit();", "if (i < 3) ptx::copy_async_commit();", "exits before copy_async_commit"),
+    ],
+)
+def test_faulty_asynchronous_copies_are_refused(old, new, message):
+    assert old in COPY_ASYNC
+    with pytest.raises(RuntimeError, match=message):
+        copy(COPY_ASYNC.replace(old, new), block=8)
+
+
 def test_older_architectures_have_no_bulk_copies():
     (x,) = run("x[0] = __CUDA_ARCH__;", zeros(), compute_capability="75")
     assert x[0] == 750

@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 
 from cuconv import kernels, plan
-from cuconv.plan import toeplitz
+from cuconv.plan import images, toeplitz
 
 cupy = pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
-from test_plan import geometry  # noqa: E402
+from test_plan import geometry, plan_or_reason  # noqa: E402
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 # Sums, weights and a row of input live in registers; more than this a thread, and too few warps fit a multiprocessor.
@@ -96,6 +96,39 @@ def test_every_patch_of_toeplitz_compiles_without_spills(kernel):
     for tile in patches.values():
         resources = kernels.compile_only(toeplitz.tile_plan(g, "bfloat16", tile), "sm_90a")
         assert resources.spill_bytes == 0, f"{tile} spills {resources.spill_bytes} bytes"
+
+
+SMALL_PLANES = {
+    "7x7": ((128, 1152, 7, 7), (1152, 1, 5, 5), {"padding": 2}),
+    "14x14": ((128, 512, 14, 14), (512, 1, 7, 7), {"padding": 3}),
+    "14x14_stride_2": ((128, 512, 14, 14), (512, 1, 3, 3), {"padding": 1, "stride": 2}),
+    "28x28": ((128, 240, 28, 28), (240, 1, 5, 5), {"padding": 2}),
+}
+
+
+@pytest.mark.parametrize("case", SMALL_PLANES)
+def test_every_tile_of_images_compiles_without_spills(case):
+    """Registers are what its blocks leave; a tile that needs more is not to be offered."""
+    x_shape, w_shape, numbers = SMALL_PLANES[case]
+    g = geometry(x_shape, w_shape, **numbers)
+    kinds = {(t.group, t.warps, t.blocks): t for t in images.tiles(g, plan.TARGETS[90], True)}
+    assert kinds
+    for tile in kinds.values():
+        resources = kernels.compile_only(images.tile_plan(g, "bfloat16", plan.TARGETS[90], tile), "sm_90a")
+        assert resources.spill_bytes == 0, f"{tile} spills {resources.spill_bytes} bytes"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_100a", "sm_120"])
+@pytest.mark.parametrize("case", SMALL_PLANES)
+def test_images_compile_without_spills_elsewhere(case, architecture):
+    x_shape, w_shape, numbers = SMALL_PLANES[case]
+    chosen, reason = plan_or_reason(
+        plan.depthwise_forward, geometry(x_shape, w_shape, **numbers), "float16", TARGETS[architecture], "images"
+    )
+    if chosen is None:
+        assert "fit" in reason
+    else:
+        assert kernels.compile_only(chosen, architecture).spill_bytes == 0
 
 
 def test_a_compile_error_names_variant_architecture_and_log():

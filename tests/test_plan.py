@@ -273,10 +273,62 @@ def check_channels_last_staged(g, chosen, dtype, dgrad):
         assert (last + (g.S - 1) * g.dilation[1] < values["pixels"]).all()
 
 
+def check_images(g, chosen, dtype, dgrad):
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    # Every image and plane is in one unit, and every unit in one block.
+    units = -(-g.N // 16) * -(-g.K // values["block_planes"])
+    assert chosen.grid[0] * values["block_units"] + values["extra_units"] == units
+    assert 0 <= values["extra_units"] < chosen.grid[0]
+    # Runs start at grains, images in other banks than their neighbours.
+    x_plane, y_plane = g.H * g.W, g.P * g.Q
+    planes = values["block_planes"]
+    assert planes * x_plane % 8 == planes * y_plane % 8 == 0
+    for pitch, plane in (("input_pitch", x_plane), ("output_pitch", y_plane)):
+        assert values[pitch] >= planes * plane * 2
+        assert values[pitch] % 32 == 16
+    assert defines["IN_VECTORS"] * 512 >= planes * x_plane * 2
+    assert defines["OUT_VECTORS"] * 512 >= planes * y_plane * 2
+    # Every output's tile has products of all k-steps in which it meets a pixel, and is an edge where it has neighbours.
+    masks = [int(mask, 16) for mask in defines["MASKS"].split(", ")]
+    assert all(mask < 1 << defines["STEPS"] for mask in masks)
+    assert chosen.block == 32 * values["groups"] * planes or defines["PERIODIC"]
+    p, q, r, s = np.meshgrid(*map(np.arange, (g.P, g.Q, g.R, g.S)), indexing="ij")
+    h = p * g.stride[0] - g.padding[0][0] + r * g.dilation[0]
+    v = q * g.stride[1] - g.padding[1][0] + s * g.dilation[1]
+    met = (h >= 0) & (h < g.H) & (v >= 0) & (v < g.W)
+    output, pixel = (p * g.Q + q)[met], (h * g.W + v)[met]
+    for plane in range(planes):
+        x_start, y_start = plane * x_plane % 8, plane * y_plane % 8
+        group, tile = np.divmod((y_start + output) // 8, len(masks))
+        step = ((x_start + pixel) // 8 - values["first_grain"] - group * values["group_grains"]) // 2
+        assert (step >= 0).all()
+        assert (np.array(masks)[tile] >> step & 1).all()
+        last_group, last_tile = divmod((y_start + y_plane - 1) // 8, len(masks))
+        assert last_group < values["groups"]
+        edges = {0} if y_start else set()
+        edges |= {last_tile} if (y_start + y_plane) % 8 else set()
+        edges |= set(range(last_tile + 1, len(masks))) if last_group == values["groups"] - 1 else set(range(len(masks)))
+        assert all(int(defines["EDGES"], 16) >> edge & 1 for edge in edges)
+    # Windows stay between the guards.
+    first = values["first_grain"] * 16
+    last = (planes - 1) * x_plane // 8 + values["first_grain"] + (values["groups"] - 1) * values["group_grains"]
+    end = (last + 2 * defines["STEPS"]) * 16
+    assert values["guard_bytes"] >= max(0, -first, end - planes * x_plane * 2)
+    if defines["PERIODIC"]:
+        # Zeros between images, where windows reach beyond the plane.
+        assert planes == 1
+        assert values["input_pitch"] >= x_plane * 2 + values["guard_bytes"]
+        assert values["group_grains"] == len(masks)
+        assert len(masks) * 8 % g.W == g.W - g.Q == 0
+        assert values["rows_before"] * g.W >= -values["first_grain"] * 8
+
+
 CHECKS = {
     "direct": check_direct,
     "runs": check_runs,
     "toeplitz": check_toeplitz,
+    "images": check_images,
     "tiles": check_tiles,
     "channels_last": check_channels_last,
     "channels_last_staged": check_channels_last_staged,
@@ -299,12 +351,15 @@ def geometries(draw, variant):
         kernel = draw(st.tuples(*[st.integers(1, 9)] * 2).filter(lambda kernel: kernel[0] * kernel[1] <= 64))
         numbers |= {name: draw(st.tuples(*[st.integers(1, 4)] * 2)) for name in ("stride", "dilation")}
         most_padding = 9
+    multiplier = draw(st.integers(1, 3))
+    if variant == "images":
+        C, H, W, multiplier = 8 * (C // 8 + 1), H % 32 + 1, W % 32 + 1, 1
     side = st.integers(0, most_padding)
     # No smaller than what the kernel reaches over.
     reach = [d * (k - 1) + 1 for d, k in zip(numbers.get("dilation", (1, 1)), kernel, strict=True)]
     padding = [draw(st.tuples(side, side)) for _ in range(2)]
     H, W = (max(size, r - sum(around)) for size, r, around in zip((H, W), reach, padding, strict=True))
-    return geometry((N, C, H, W), (C * draw(st.integers(1, 3)), 1, *kernel), padding=tuple(padding), **numbers)
+    return geometry((N, C, H, W), (C * multiplier, 1, *kernel), padding=tuple(padding), **numbers)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -317,15 +372,16 @@ def geometries(draw, variant):
 )
 def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, target, aligned):
     g = data.draw(geometries(variant))
-    dtype = "bfloat16" if variant == "toeplitz" else dtype
+    dtype = "bfloat16" if variant in ("toeplitz", "images") else dtype
     for direction, make in zip(("forward", "dgrad"), PASSES, strict=True):
         chosen, reason = plan_or_reason(make, g, dtype, target, variant, aligned)
         if chosen is None:
-            assert not suits(variant, direction, g, dtype) or "fit" in reason or (not aligned and "aligned" in reason)
+            unaligned = not aligned and (variant == "images" or "aligned" in reason)
+            assert not suits(variant, direction, g, dtype) or unaligned or "fit" in reason
             continue
         assert suits(variant, direction, g, dtype)
         assert all(1 <= extent <= limit for extent, limit in zip(chosen.grid, plan.MAX_GRID, strict=True))
-        assert 1 <= chosen.block <= (512 if variant == "channels_last_staged" else 256)
+        assert 1 <= chosen.block <= (512 if variant in ("images", "channels_last_staged") else 256)
         assert 0 <= chosen.shared_bytes <= target.shared_per_block
         struct = chosen.parameter_struct()
         assert all(struct[name] == value for name, value in chosen.parameters)

@@ -5,6 +5,7 @@ g++ takes most of the time, once for every tile: hence not every geometry in eve
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle, product
 
 import numpy as np
@@ -14,7 +15,7 @@ from geometries import numbers_of, random_dy
 
 from cuconv import kernels
 from cuconv.geometry import depthwise_geometry
-from cuconv.plan import channels_last, channels_last_staged, runs, tiles, toeplitz, wgrad
+from cuconv.plan import channels_last, channels_last_staged, images, runs, tiles, toeplitz, wgrad
 
 
 def each_kind_once(choices, kinds_of):
@@ -174,6 +175,33 @@ def test_toeplitz(device, rng, x_shape, w_shape, numbers):
     assert all(len({getattr(tile, part) for tile in chosen}) > 1 for part in parts)
     for tile in chosen:
         y = device.launch(toeplitz.tile_plan(g, "float16", tile), x, w, bias, g.y_shape)
+        oracle.assert_within_bound(y, x, w, bias, **numbers_of(g))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "numbers"),
+    [
+        ((50, 8, 12, 10), (8, 1, 3, 2), {"padding": ((1, 0), (2, 1)), "stride": (2, 1)}),
+        ((35, 3, 16, 16), (3, 1, 5, 3), {"padding": (2, 1)}),
+    ],
+    ids=["groups_apart", "groups_alike"],
+)
+def test_images(device, rng, x_shape, w_shape, numbers):
+    """Every number of planes, stages and tiles a group, alike and not; blocks that go from planes to planes."""
+    g = depthwise_geometry(x_shape, w_shape, **numbers)
+    x, w, bias = oracle.random_arrays(rng, x_shape, w_shape, "float16")
+    # So few multiprocessors that a block makes several units.
+    target = replace(device.target, multiprocessors=2)
+
+    def kinds(tile):
+        yield from fields(tile, "block_planes", "stages", "periodic")
+        yield "tiles", len(tile.group.masks)
+        yield "rounds", tile.periodic, tile.group.count > tile.warps
+
+    chosen = list(each_kind_once(images.tiles(g, target, aligned=True), kinds))
+    assert {tile.stages for tile in chosen} == set(images._STAGES)
+    for tile in chosen:
+        y = device.launch(images.tile_plan(g, "float16", target, tile), x, w, bias, g.y_shape)
         oracle.assert_within_bound(y, x, w, bias, **numbers_of(g))
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import channels_last, channels_last_staged, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last
+from . import channels_last, channels_last_staged, direct, images, runs, tiles, toeplitz, wgrad, wgrad_channels_last
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -42,6 +42,7 @@ _FORWARD = {
     "channels_last": channels_last.forward,
     "channels_last_staged": channels_last_staged.forward,
     "toeplitz": toeplitz.forward,
+    "images": images.forward,
     "tiles": tiles.forward,
     "direct": direct.forward,
 }
@@ -50,6 +51,7 @@ _DGRAD = {
     "channels_last": channels_last.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
     "toeplitz": toeplitz.dgrad,
+    "images": images.dgrad,
     "tiles": tiles.dgrad,
     "direct": direct.dgrad,
 }

@@ -149,6 +149,7 @@ inline void fail_stuck() {
 
 inline void exit_thread() {
   if (!self->stores.empty()) fail("exits before bulk_store_commit and bulk_store_wait_read<0> of its bulk stores");
+  if (!self->copies.empty()) fail("exits before copy_async_commit and copy_async_wait<0> of its copies");
   if (at_sync) fail("exits while %d threads wait at the __syncthreads of line %d", at_sync, sync_line);
   exited++;
   wait(kExited, 0);

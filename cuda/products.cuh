@@ -1,0 +1,10 @@
+// Tensor-core products of 16-bit elements (sm_80 and newer): 16 rows and 16 columns, times 16 rows and 8 columns.
+#pragma once
+#include "numbers.cuh"
+
+__device__ __forceinline__ void multiply(f16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  ptx::multiply_halves(sum, a, b);
+}
+__device__ __forceinline__ void multiply(bf16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  ptx::multiply_bfloat16s(sum, a, b);
+}
