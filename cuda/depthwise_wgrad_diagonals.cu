@@ -1,0 +1,371 @@
+// Depthwise convolution, gradients of the weights and the bias, NCHW, 16-bit, on tensor cores (sm_90 and newer), of
+// stride 1 along rows.
+//
+// Rows of dy and x are cut into chunks of 8 columns. A product m16n8k16 multiplies 16 rows (k) of a chunk of dy by as many
+// rows of x that lie a kernel row below, once for each of two kernel rows (m: 8 columns of x of either): of every pair of
+// columns, one of dy and one of x, it makes a sum over rows. dw[r][s] is the sum of those pairs whose columns lie a tap
+// apart, a diagonal. Which column of its chunk a pair's are matters, and which chunk of its row does not, so that few sums
+// in a thread's registers go through all chunks, rows and images. The diagonals are added in the end.
+//
+// A block owns some planes, and a slab of the batch, through which it goes some images at a time. One bulk copy an image
+// brings its planes of x, one those of dy. From there rows are laid out in chunks, with zeros beside them and, for x,
+// between the planes; while products go on, the next images are under way. A warp takes one plane, a group of kernel rows
+// and a part of the rows of dy; parts, and slabs, are added in a fixed order.
+//
+// The zeros beside rows, and columns of x that dy's last columns do not reach, make NaN of infinities that no tap meets, and
+// products of chunks that are padding are left out. Whatever of dy is not finite, and whatever of x any tap meets, makes
+// sums that are not finite: where there is one the block does it over, plainly.
+//
+// Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
+// THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at once: it
+// divides W and shift, and every plane starts at a multiple of it); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS
+// (of a row); FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
+#include "indices.cuh"
+#include "numbers.cuh"
+#include "runs.cuh"
+
+using T = CUCONV_T;
+
+constexpr bool kBias = CUCONV_BIAS;
+constexpr bool kFinal = CUCONV_FINAL;
+constexpr int kThreads = CUCONV_THREADS;
+constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kVector = CUCONV_VECTOR;
+constexpr int kPairs = CUCONV_PAIRS;
+constexpr int kXChunks = CUCONV_X_CHUNKS;
+constexpr int kDyChunks = CUCONV_DY_CHUNKS;
+constexpr int kFirst = CUCONV_FIRST;
+constexpr uint32 kApart = CUCONV_APART;
+
+constexpr int kWarps = kThreads / kWarp;
+constexpr uint32 kAllLanes = 0xffffffff;
+// Columns of a chunk, and rows of a product.
+constexpr int kChunk = 8;
+constexpr int kStep = 16;
+// Odd numbers of 16 bytes from row to row: eight rows of a chunk lie in different banks.
+constexpr int kXPitch = (kXChunks | 1) * kChunk;
+constexpr int kDyPitch = (kDyChunks | 1) * kChunk;
+// Chunks that a thread loads before it stores them.
+constexpr int kBatch = 4;
+
+__device__ constexpr int bits_of(uint32 mask) { return mask == 0 ? 0 : 1 + bits_of(mask >> 1); }
+constexpr int kOffsets = bits_of(kApart);
+// Sums of a lane: four a product of a pair and an offset, and those of dbias.
+constexpr int kLaneSums = 4 * (kPairs * kOffsets + kBias);
+
+static_assert(sizeof(T) == 2, "tensor cores take 16-bit elements");
+
+struct Parameters {
+  int K, R, S;
+  int H, W, P, Q;
+  int top, left;                   // padding
+  int stride_h, stride_w;          // of the convolution; stride_w is 1
+  int dilation_h, dilation_w;
+  int shift;                       // zeros before a row of x
+  int gap;                         // rows of zeros before a plane of x
+  int x_unit, dy_unit;             // elements from one plane to the next, as they arrive
+  int layout_bytes;                // of x, dy and a row of zeros
+  int x_layout_bytes, dy_layout_bytes;
+  int x_arrival_bytes;
+  uint32 H_magic, P_magic;         // see divide
+  int images;                      // at a time
+  int all_images;
+  int block_images;                // of a slab
+  int block_planes;
+  int row_groups;                  // of kernel rows
+  int parts;                       // warps that share the rows of dy
+};
+
+__device__ __forceinline__ void multiply(f16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  ptx::multiply_halves(sum, a, b);
+}
+__device__ __forceinline__ void multiply(bf16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  ptx::multiply_bfloat16s(sum, a, b);
+}
+
+using Words = Vector<uint32, kChunk / 2>;
+
+// Columns [column, column + kChunk) of a row of `width` elements, by kElements; those that do not exist are zeros.
+template <int kElements>
+__device__ __forceinline__ Words load_chunk(const T* source, int column, int width) {
+  Words words;
+  if constexpr (kElements == 1) {
+    uint32 bits[kChunk];
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) bits[e] = within(column + e, width) ? source[e].bits : 0;
+#pragma unroll
+    for (int e = 0; e < kChunk; e += 2) words.piece[e / 2] = bits[e] | bits[e + 1] << 16;
+  } else {
+#pragma unroll
+    for (int e = 0; e < kChunk; e += kElements) {
+      const auto packed = load_packed<kElements>(source + e, within(column + e, width));
+#pragma unroll
+      for (int i = 0; i < kElements / 2; ++i) words.piece[e / 2 + i] = packed.piece[i];
+    }
+  }
+  return words;
+}
+
+// The rows of so many planes, which arrived `unit` elements apart, to chunks of a layout where planes are `slot` elements
+// apart. Threads keep to one place of a row.
+template <int kChunks, int kPitch>
+__device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, int unit, int rows, int width, int slot,
+                                        uint32 rows_magic, int shift, int thread) {
+  constexpr int kRowsAtOnce = kThreads / kChunks;
+  if (thread >= kRowsAtOnce * kChunks) return;
+  const int column = thread % kChunks * kChunk - shift;
+  const int all_rows = planes * rows;
+  int row = thread / kChunks;
+  const int plane = divide(row, rows_magic);
+  int plane_row = row - plane * rows;
+  source += plane * unit + plane_row * width + column;
+  T* place = layout + plane * slot + plane_row * kPitch + column + shift;
+  const int next_plane = divide(kRowsAtOnce, rows_magic);
+  const int next_row = kRowsAtOnce - next_plane * rows;
+  const int source_next = next_plane * unit + next_row * width;
+  const int place_next = next_plane * slot + next_row * kPitch;
+#pragma unroll 1
+  while (row < all_rows) {
+    Words words[kBatch];
+    T* places[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      places[b] = row < all_rows ? place : nullptr;
+      if (row < all_rows) words[b] = load_chunk<kVector>(source, column, width);
+      row += kRowsAtOnce;
+      plane_row += next_row;
+      source += source_next;
+      place += place_next;
+      if (plane_row >= rows) {
+        plane_row -= rows;
+        source += unit - rows * width;
+        place += slot - rows * kPitch;
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (places[b] != nullptr) *reinterpret_cast<Words*>(places[b]) = words[b];
+  }
+}
+
+// One gradient, element by element and straight from global memory, by all lanes of a warp; dbias behind the taps.
+__device__ __forceinline__ float sum_plainly(const Parameters& g, const T* dy, const T* x, int images, int64 x_image,
+                                             int64 dy_image, int tap, int lane) {
+  const int r = tap / g.S;
+  const int s = tap - r * g.S;
+  float sum = 0;
+  for (int image = 0; image < images; ++image, dy += dy_image, x += x_image) {
+    for (int element = lane; element < g.P * g.Q; element += kWarp) {
+      const int p = element / g.Q;
+      const int h = p * g.stride_h + r * g.dilation_h - g.top;
+      const int w = element - p * g.Q + s * g.dilation_w - g.left;
+      const bool exists = within(h, g.H) && within(w, g.W);
+      const float value = r == g.R ? 1.0f : exists ? widen(x[h * g.W + w]) : 0.0f;
+      sum = fma(value, widen(dy[element]), sum);
+    }
+  }
+#pragma unroll
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(kAllLanes, sum, apart);
+  return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    depthwise_wgrad_diagonals(const T* dy, const T* x, float* partials, T* dw, T* dbias,
+                              const __grid_constant__ Parameters g) {
+  CUCONV_DYNAMIC_SHARED(shared);
+  __shared__ uint64 full;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+
+  T* const x_layout = reinterpret_cast<T*>(shared);
+  T* const dy_layout = reinterpret_cast<T*>(shared + g.x_layout_bytes);
+  const T* const zeros = reinterpret_cast<const T*>(shared + g.x_layout_bytes + g.dy_layout_bytes);
+  T* const x_arrival = reinterpret_cast<T*>(shared + g.layout_bytes);
+  T* const dy_arrival = reinterpret_cast<T*>(shared + g.layout_bytes + g.x_arrival_bytes);
+
+  const int k0 = static_cast<int>(blockIdx.y) * g.block_planes;
+  const int planes = min(g.block_planes, g.K - k0);
+  const int first_image = static_cast<int>(blockIdx.x) * g.block_images;
+  const int all_images = min(g.block_images, g.all_images - first_image);
+  const int turns = (all_images + g.images - 1) / g.images;
+  const int x_plane = g.H * g.W;
+  const int dy_plane = g.P * g.Q;
+  const int64 x_image = static_cast<int64>(g.K) * x_plane;
+  const int64 dy_image = static_cast<int64>(g.K) * dy_plane;
+  const T* const x_first = x + first_image * x_image + static_cast<int64>(k0) * x_plane;
+  const T* const dy_first = dy + first_image * dy_image + static_cast<int64>(k0) * dy_plane;
+  // Images start at multiples of 16 bytes, so that the elements between these and the planes, which are brought too, are the
+  // image's own.
+  const int x_phase = static_cast<int>(static_cast<uint32>(k0) * static_cast<uint32>(x_plane) % kChunk);
+  const int dy_phase = static_cast<int>(static_cast<uint32>(k0) * static_cast<uint32>(dy_plane) % kChunk);
+  const auto images_of = [&](int turn) { return min(g.images, all_images - turn * g.images); };
+  const auto whole_bytes = [](int elements) {
+    return static_cast<uint32>((elements + kChunk - 1) / kChunk * kBulkAlignment);
+  };
+
+  const auto load = [&](int turn) {
+    const int images = images_of(turn);
+    const uint32 x_bytes = whole_bytes(x_phase + planes * x_plane);
+    const uint32 dy_bytes = whole_bytes(dy_phase + planes * dy_plane);
+    if (thread == 0) ptx::barrier_arrive_expect(&full, static_cast<uint32>(images) * (x_bytes + dy_bytes));
+    if (lane > 0) return;
+    for (int image = warp; image < images; image += kWarps) {
+      const int64 n = turn * g.images + image;
+      ptx::bulk_load(x_arrival + image * planes * g.x_unit, x_first + n * x_image - x_phase, x_bytes, &full);
+      ptx::bulk_load(dy_arrival + image * planes * g.dy_unit, dy_first + n * dy_image - dy_phase, dy_bytes, &full);
+    }
+  };
+
+  if (thread == 0) ptx::barrier_init(&full, 1);
+  __syncthreads();
+  load(0);
+  // Rows come and go, the zeros between them stay.
+  for (int i = thread; i < g.layout_bytes / static_cast<int>(sizeof(Words)); i += kThreads)
+    reinterpret_cast<Words*>(shared)[i] = Words{};
+
+  const int plane_warps = g.row_groups * g.parts;
+  const int plane = warp / plane_warps;
+  const int group = (warp - plane * plane_warps) / g.parts;
+  const int part = warp - plane * plane_warps - group * g.parts;
+  // Of the 8x8 matrices of a fragment a lane gives a row: of the first or the last rows of k, of one of two kernel rows,
+  // or of one of two chunks of dy.
+  const int lane_row = lane % 8 + lane / 16 * 8;
+  const int second = lane / 8 % 2;
+  const int x_slot = (g.gap + g.H) * kXPitch;
+  const int pair_pitch = 2 * g.dilation_h * kXPitch;
+  const T* const x_warp =
+      x_layout + (g.gap - g.top + second * g.dilation_h) * kXPitch + group * kPairs * pair_pitch;
+
+  float sum[kPairs][kOffsets][4] = {};
+  float bias_sum[4] = {};
+  __syncthreads();
+
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+    const int images = images_of(turn);
+    ptx::barrier_wait(&full, turn % 2);
+    lay_out<kXChunks, kXPitch>(x_arrival + x_phase, x_layout + g.gap * kXPitch, images * planes, g.x_unit, g.H, g.W, x_slot,
+                               g.H_magic, g.shift, thread);
+    lay_out<kDyChunks, kDyPitch>(dy_arrival + dy_phase, dy_layout, images * planes, g.dy_unit, g.P, g.Q, g.P * kDyPitch,
+                                 g.P_magic, 0, thread);
+    __syncthreads();
+    if (turn + 1 < turns) load(turn + 1);
+
+    const int rows = plane < planes ? images * g.P : 0;
+#pragma unroll 1
+    for (int first = part * kStep; first < rows; first += g.parts * kStep) {
+      // Behind the last row dy is zero, and x any row.
+      const bool exists = first + lane_row < rows;
+      const int row = exists ? first + lane_row : 0;
+      const int image = divide(row, g.P_magic);
+      const int p = row - image * g.P;
+      const int of_planes = image * planes + plane;
+      const T* const dy_row = exists ? dy_layout + (of_planes * g.P + p) * kDyPitch : zeros;
+      const T* const x_row = x_warp + of_planes * x_slot + p * g.stride_h * kXPitch;
+      uint32 gradient[kDyChunks][2];
+#pragma unroll
+      for (int d = 0; d < kDyChunks; d += 2) {
+        uint32 piece[4];
+        const bool both = d + 1 < kDyChunks;
+        ptx::load_matrices_transposed(dy_row + (d + (both ? second : 0)) * kChunk, piece);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          gradient[d][half] = piece[2 * half];
+          if (both) gradient[d + 1][half] = piece[2 * half + 1];
+        }
+      }
+      if (kBias && group == 0) {
+        const uint32 ones = narrow_pair(T{}, 1.0f, 1.0f);
+        const uint32 all_ones[4] = {ones, ones, ones, ones};
+#pragma unroll
+        for (int d = 0; d < kDyChunks; ++d) multiply(T{}, bias_sum, all_ones, gradient[d]);
+      }
+#pragma unroll
+      for (int c = 0; c < kXChunks; ++c) {
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          uint32 value[4];
+          ptx::load_matrices_transposed(x_row + pair * pair_pitch + c * kChunk, value);
+#pragma unroll
+          for (int t = 0; t < kOffsets; ++t) {
+            const int d = c - kFirst - t;
+            if (d < 0 || d >= kDyChunks || !(kApart >> t & 1)) continue;
+            multiply(T{}, sum[pair][t], value, gradient[d]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  const int taps = g.R * g.S;
+  const int entries = taps + kBias;
+  const auto deliver = [&](int of_plane, int tap, float total) {
+    const int64 k = k0 + of_plane;
+    if (!kFinal) {
+      partials[(static_cast<int64>(blockIdx.x) * entries + tap) * g.K + k] = total;
+    } else if (tap < taps) {
+      dw[k * taps + tap] = narrow<T>(total);
+    } else {
+      dbias[k] = narrow<T>(total);
+    }
+  };
+
+  float seen = 0;
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair)
+#pragma unroll
+    for (int t = 0; t < kOffsets; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) seen = fma(sum[pair][t][e], 0.0f, seen);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) seen = fma(bias_sum[e], 0.0f, seen);
+  if (__syncthreads_or(seen != seen)) {
+    for (int entry = warp; entry < planes * entries; entry += kWarps) {
+      const int tap = entry / planes;
+      const int of_plane = entry - tap * planes;
+      const float total = sum_plainly(g, dy_first + of_plane * dy_plane, x_first + of_plane * x_plane, all_images, x_image,
+                                      dy_image, tap, lane);
+      if (lane == 0) deliver(of_plane, tap, total);
+    }
+    return;
+  }
+
+  // All loads have landed and been read: their memory is free for the sums of every thread.
+  float* const sums = reinterpret_cast<float*>(shared);
+  float* const own = sums + warp * kLaneSums * kWarp + lane;
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair)
+#pragma unroll
+    for (int t = 0; t < kOffsets; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) own[((pair * kOffsets + t) * 4 + e) * kWarp] = sum[pair][t][e];
+  if (kBias)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) own[(kPairs * kOffsets * 4 + e) * kWarp] = bias_sum[e];
+  __syncthreads();
+  for (int entry = thread; entry < planes * entries; entry += kThreads) {
+    const int tap = entry / planes;
+    const int of_plane = entry - tap * planes;
+    const int r = tap / g.S;
+    const int of_group = r / (2 * kPairs);
+    const int pair = r / 2 - of_group * kPairs;
+    const int offset = (tap - r * g.S) * g.dilation_w - g.left + g.shift - kFirst * kChunk;
+    const bool of_bias = tap == taps;
+    const float* terms = sums + (of_plane * plane_warps + (of_bias ? 0 : of_group * g.parts)) * kLaneSums * kWarp;
+    float total = 0;
+    for (int other = 0; other < g.parts; ++other, terms += kLaneSums * kWarp) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        // Column i of dy meets column j of a chunk of x: see ptx::multiply_halves. Chunks that none meets are padding.
+        const int j = of_bias ? 0 : (offset + i) & (kChunk - 1);
+        const int t = (offset + i) >> 3;
+        if (!of_bias && !within(t, kOffsets)) continue;
+        const int product = of_bias ? kPairs * kOffsets : pair * kOffsets + t;
+        total += terms[(product * 4 + (of_bias ? 0 : r % 2 * 2) + i % 2) * kWarp + j * 4 + i / 2];
+      }
+    }
+    deliver(of_plane, tap, total);
+  }
+}
