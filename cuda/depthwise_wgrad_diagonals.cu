@@ -85,20 +85,23 @@ __device__ __forceinline__ void multiply(bf16, float (&sum)[4], const uint32 (&a
 
 using Words = Vector<uint32, kChunk / 2>;
 
-// Columns [column, column + kChunk) of a row of `width` elements, by kElements; those that do not exist are zeros.
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
+// A chunk of a row that starts at a multiple of kElements elements.
 template <int kElements>
-__device__ __forceinline__ Words load_chunk(const T* source, int column, int width) {
+__device__ __forceinline__ Words load_chunk(const T* source) {
   Words words;
   if constexpr (kElements == 1) {
-    uint32 bits[kChunk];
 #pragma unroll
-    for (int e = 0; e < kChunk; ++e) bits[e] = within(column + e, width) ? source[e].bits : 0;
-#pragma unroll
-    for (int e = 0; e < kChunk; e += 2) words.piece[e / 2] = bits[e] | bits[e + 1] << 16;
+    for (int e = 0; e < kChunk; e += 2)
+      words.piece[e / 2] = source[e].bits | static_cast<uint32>(source[e + 1].bits) << 16;
   } else {
 #pragma unroll
     for (int e = 0; e < kChunk; e += kElements) {
-      const auto packed = load_packed<kElements>(source + e, within(column + e, width));
+      const auto packed = load_packed<kElements>(source + e, true);
 #pragma unroll
       for (int i = 0; i < kElements / 2; ++i) words.piece[e / 2 + i] = packed.piece[i];
     }
@@ -107,45 +110,57 @@ __device__ __forceinline__ Words load_chunk(const T* source, int column, int wid
 }
 
 // The rows of so many planes, which arrived `unit` elements apart, to chunks of a layout where planes are `slot` elements
-// apart. Threads keep to one place of a row.
+// apart. Threads keep to one place of a row. What lies beside a row is loaded too, wherever it belongs, and made zero.
 template <int kChunks, int kPitch>
 __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, int unit, int rows, int width, int slot,
                                         uint32 rows_magic, int shift, int thread) {
   constexpr int kRowsAtOnce = kThreads / kChunks;
   if (thread >= kRowsAtOnce * kChunks) return;
   const int column = thread % kChunks * kChunk - shift;
+  Words present;
+#pragma unroll
+  for (int e = 0; e < kChunk; e += 2)
+    present.piece[e / 2] =
+        (within(column + e, width) ? 0xffffu : 0) | (within(column + e + 1, width) ? 0xffff0000u : 0);
   const int all_rows = planes * rows;
   int row = thread / kChunks;
   const int plane = divide(row, rows_magic);
   int plane_row = row - plane * rows;
   source += plane * unit + plane_row * width + column;
-  T* place = layout + plane * slot + plane_row * kPitch + column + shift;
+  layout += plane * slot + plane_row * kPitch + column + shift;
   const int next_plane = divide(kRowsAtOnce, rows_magic);
   const int next_row = kRowsAtOnce - next_plane * rows;
   const int source_next = next_plane * unit + next_row * width;
-  const int place_next = next_plane * slot + next_row * kPitch;
-#pragma unroll 1
-  while (row < all_rows) {
-    Words words[kBatch];
-    T* places[kBatch];
+  const int layout_next = next_plane * slot + next_row * kPitch;
+  const auto move = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    Words words[kCount];
+    T* place[kCount];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      places[b] = row < all_rows ? place : nullptr;
-      if (row < all_rows) words[b] = load_chunk<kVector>(source, column, width);
-      row += kRowsAtOnce;
+    for (int b = 0; b < kCount; ++b) {
+      words[b] = load_chunk<kVector>(source);
+      place[b] = layout;
       plane_row += next_row;
       source += source_next;
-      place += place_next;
+      layout += layout_next;
       if (plane_row >= rows) {
         plane_row -= rows;
         source += unit - rows * width;
-        place += slot - rows * kPitch;
+        layout += slot - rows * kPitch;
       }
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-      if (places[b] != nullptr) *reinterpret_cast<Words*>(places[b]) = words[b];
-  }
+    for (int b = 0; b < kCount; ++b) {
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) words[b].piece[i] &= present.piece[i];
+      *reinterpret_cast<Words*>(place[b]) = words[b];
+    }
+    row += kCount * kRowsAtOnce;
+  };
+#pragma unroll 1
+  while (row + (kBatch - 1) * kRowsAtOnce < all_rows) move(Count<kBatch>{});
+#pragma unroll 1
+  while (row < all_rows) move(Count<1>{});
 }
 
 // One gradient, element by element and straight from global memory, by all lanes of a warp; dbias behind the taps.
@@ -210,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     const uint32 dy_bytes = whole_bytes(dy_phase + planes * dy_plane);
     if (thread == 0) ptx::barrier_arrive_expect(&full, static_cast<uint32>(images) * (x_bytes + dy_bytes));
     if (lane > 0) return;
+#pragma unroll 1
     for (int image = warp; image < images; image += kWarps) {
       const int64 n = turn * g.images + image;
       ptx::bulk_load(x_arrival + image * planes * g.x_unit, x_first + n * x_image - x_phase, x_bytes, &full);
@@ -221,6 +237,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
   load(0);
   // Rows come and go, the zeros between them stay.
+#pragma unroll 1
   for (int i = thread; i < g.layout_bytes / static_cast<int>(sizeof(Words)); i += kThreads)
     reinterpret_cast<Words*>(shared)[i] = Words{};
 

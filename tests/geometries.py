@@ -65,6 +65,23 @@ _WGRAD = {
     "120x20": ((2, 1, 125, 40), (1, 1, 120, 20), (1, 1), ((3, 1), (0, 7)), (1, 1)),
 }
 
+# What only the gradient of weights on tensor cores branches on, whose images are multiples of 16 bytes: rows of one chunk
+# and of several, planes that start at any element or at no multiple of 16 bytes, channels and images that fill no block,
+# groups of kernel rows, chunks and rows far apart, chunks of padding alone.
+_DIAGONALS = {
+    "7x7_planes": ((9, 24, 7, 7), (24, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "14x14_planes": ((5, 6, 14, 14), (6, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "28_wide": ((4, 2, 12, 28), (2, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "56_wide": ((3, 1, 9, 56), (1, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "120_wide": ((2, 1, 3, 120), (1, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "odd_planes_dilation_12": ((3, 8, 21, 23), (8, 1, 3, 3), (1, 1), ((12, 12), (12, 11)), (12, 12)),
+    "4x9_stride_2_1_dilated": ((3, 8, 13, 20), (8, 1, 4, 9), (2, 1), ((0, 1), (0, 0)), (3, 1)),
+    "2x6_asymmetric": ((2, 8, 9, 11), (8, 1, 2, 6), (1, 1), ((4, 0), (1, 9)), (1, 1)),
+    "51x5_channels": ((3, 3, 30, 16), (3, 1, 51, 5), (1, 1), ((25, 25), (2, 2)), (1, 1)),
+    "31x31_narrow": ((2, 1, 20, 24), (1, 1, 31, 31), (1, 1), ((15, 15), (15, 15)), (1, 1)),
+    "columns_of_padding": ((2, 8, 3, 5), (8, 1, 2, 3), (1, 1), ((6, 7), (2, 19)), (1, 1)),
+}
+
 # What strides and multipliers do to dx only: rows and columns that no dy reaches, a dy that covers x exactly, strides
 # along one axis and dilation along the other, or along one where the kernel is one element wide, sums of planes.
 _DGRAD = {
@@ -98,11 +115,11 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST)
+GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _DIAGONALS | _CHANNELS_LAST)
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
-VARIANTS = ("direct", "runs", "toeplitz", "tiles", "channels_last")
+VARIANTS = ("direct", "runs", "toeplitz", "diagonals", "tiles", "channels_last")
 HALVES = ("float16", "bfloat16")
 
 
@@ -116,6 +133,12 @@ def suits(variant, direction, g, dtype):
     forward, nchw = direction == "forward", not g.channels_last
     if variant == "direct":
         return True
+    if variant == "diagonals":
+        whole = all(size // g.N % 8 == 0 for size in (g.x_size, g.y_size))
+        # Chunks of 8 columns; of 16 no more. The last tap of the first column is not beyond the padding.
+        narrow = max(g.W, g.Q) <= 120 and (g.S - 1) * g.dilation[1] + 7 >= g.padding[1][0]
+        takes = nchw and dtype in HALVES and not multiplied and g.stride[1] == 1
+        return direction == "wgrad" and takes and whole and narrow
     if direction == "wgrad":
         few = {"runs": nchw, "channels_last": not nchw}.get(variant, False)
         return few if few_taps else variant == "tiles" and nchw and dense
@@ -140,6 +163,7 @@ _MAIN_DTYPES = {
     "direct": ("float16", "float32"),
     "runs": ("float16", "float32"),
     "toeplitz": ("float16",),
+    "diagonals": ("float16",),
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
 }
@@ -154,6 +178,8 @@ _FEW = (
     "large_kernel_strided",
     "9x9_channels",
     "8_channels",
+    "7x7_planes",
+    "51x5_channels",
 )
 
 
@@ -162,7 +188,8 @@ def cases(direction):
     nchw_names = EVERYWHERE | _LARGE | {"forward": {}, "dgrad": _DGRAD, "wgrad": _WGRAD}[direction]
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
-        for name in names[layout] if dtype in _MAIN_DTYPES[variant] else filter(names[layout].__contains__, _FEW):
+        of_variant = names[layout] | (_DIAGONALS if variant == "diagonals" else {})
+        for name in of_variant if dtype in _MAIN_DTYPES[variant] else filter(of_variant.__contains__, _FEW):
             g = replace(GEOMETRIES[name], channels_last=layout == "nhwc")
             if layout == "nhwc" and not all(map(tells_layout, _read(direction, g))):
                 continue

@@ -93,12 +93,13 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         arrivals = self.planes * self.images * (self.x_unit + self.dy_unit) * _SIZE
-        return max(self.layout_bytes + arrivals, self.sums_bytes)
+        # A chunk more, since what lies behind the last row is loaded too.
+        return max(self.layout_bytes + arrivals + _CHUNK * _SIZE, self.sums_bytes)
 
     @property
     def registers(self) -> int:
         """That a thread is allowed."""
-        return min(255, 72 + 4 * self.pairs * self.window.offsets + 2 * self.window.dy_chunks)
+        return min(255, 48 + 4 * self.pairs * self.window.offsets + 2 * self.window.dy_chunks)
 
     def blocks(self, target: Target) -> int:
         """That a multiprocessor holds at once. Each of its four schedulers has a quarter of the registers."""
