@@ -18,8 +18,8 @@
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
 // THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at once: it
-// divides W and shift, and every plane starts at a multiple of it); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS
-// (of a row); FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
+// divides W, Q and shift); GROUPED (there are several groups of kernel rows); DILATED (dilation_h is above 1); PAIRS (of
+// kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
@@ -31,11 +31,15 @@ constexpr bool kFinal = CUCONV_FINAL;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kVector = CUCONV_VECTOR;
+constexpr bool kGrouped = CUCONV_GROUPED;
+constexpr bool kDilated = CUCONV_DILATED;
 constexpr int kPairs = CUCONV_PAIRS;
 constexpr int kXChunks = CUCONV_X_CHUNKS;
 constexpr int kDyChunks = CUCONV_DY_CHUNKS;
 constexpr int kFirst = CUCONV_FIRST;
 constexpr uint32 kApart = CUCONV_APART;
+
+__device__ constexpr int bits_of(uint32 mask) { return mask == 0 ? 0 : 1 + bits_of(mask >> 1); }
 
 constexpr int kWarps = kThreads / kWarp;
 constexpr uint32 kAllLanes = 0xffffffff;
@@ -46,9 +50,8 @@ constexpr int kStep = 16;
 constexpr int kXPitch = (kXChunks | 1) * kChunk;
 constexpr int kDyPitch = (kDyChunks | 1) * kChunk;
 // Chunks that a thread loads before it stores them.
-constexpr int kBatch = 4;
+constexpr int kBatch = kPairs * bits_of(kApart) > 8 ? 2 : 4;
 
-__device__ constexpr int bits_of(uint32 mask) { return mask == 0 ? 0 : 1 + bits_of(mask >> 1); }
 constexpr int kOffsets = bits_of(kApart);
 // Sums of a lane: four a product of a pair and an offset, and those of dbias.
 constexpr int kLaneSums = 4 * (kPairs * kOffsets + kBias);
@@ -65,7 +68,8 @@ struct Parameters {
   int gap;                         // rows of zeros before a plane of x
   int x_unit, dy_unit;             // elements from one plane to the next, as they arrive
   int layout_bytes;                // of x, dy and a row of zeros
-  int x_layout_bytes, dy_layout_bytes;
+  int x_layout_bytes;
+  int zeros;                       // elements from dy's layout to the row of zeros
   int x_arrival_bytes;
   uint32 H_magic, P_magic;         // see divide
   int images;                      // at a time
@@ -82,6 +86,9 @@ __device__ __forceinline__ void multiply(f16, float (&sum)[4], const uint32 (&a)
 __device__ __forceinline__ void multiply(bf16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
   ptx::multiply_bfloat16s(sum, a, b);
 }
+
+__device__ constexpr uint32 two_ones(f16) { return 0x3c003c00; }
+__device__ constexpr uint32 two_ones(bf16) { return 0x3f803f80; }
 
 using Words = Vector<uint32, kChunk / 2>;
 
@@ -195,7 +202,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   T* const x_layout = reinterpret_cast<T*>(shared);
   T* const dy_layout = reinterpret_cast<T*>(shared + g.x_layout_bytes);
-  const T* const zeros = reinterpret_cast<const T*>(shared + g.x_layout_bytes + g.dy_layout_bytes);
   T* const x_arrival = reinterpret_cast<T*>(shared + g.layout_bytes);
   T* const dy_arrival = reinterpret_cast<T*>(shared + g.layout_bytes + g.x_arrival_bytes);
 
@@ -245,14 +251,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int plane = warp / plane_warps;
   const int group = (warp - plane * plane_warps) / g.parts;
   const int part = warp - plane * plane_warps - group * g.parts;
-  // Of the 8x8 matrices of a fragment a lane gives a row: of the first or the last rows of k, of one of two kernel rows,
-  // or of one of two chunks of dy.
+  // Of the 8x8 matrices of a fragment a lane gives a row. Of x, lanes 8 to 15 and 24 to 31 that of the second kernel row,
+  // and 16 to 31 those of the last eight rows of k; of dy, those and these the other way around, for two chunks.
   const int lane_row = lane % 8 + lane / 16 * 8;
   const int second = lane / 8 % 2;
+  const int other_lane = lane % 8 + second * 16 + lane / 16 * 8;
   const int x_slot = (g.gap + g.H) * kXPitch;
-  const int pair_pitch = 2 * g.dilation_h * kXPitch;
-  const T* const x_warp =
-      x_layout + (g.gap - g.top + second * g.dilation_h) * kXPitch + group * kPairs * pair_pitch;
+  const int x_pitch = g.stride_h * kXPitch;
+  const int tap_pitch = (kDilated ? g.dilation_h : 1) * kXPitch;
+  const T* const x_warp = x_layout + (g.gap - g.top) * kXPitch + (2 * kPairs * group + second) * tap_pitch;
 
   float sum[kPairs][kOffsets][4] = {};
   float bias_sum[4] = {};
@@ -270,40 +277,54 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     if (turn + 1 < turns) load(turn + 1);
 
     const int rows = plane < planes ? images * g.P : 0;
+    int row = part * kStep + lane_row;
+    const int image = divide(row, g.P_magic);
+    int p = row - image * g.P;
+    int x_place = (image * planes + plane) * x_slot + p * x_pitch;
+    int dy_place = ((image * planes + plane) * g.P + p) * kDyPitch;
+    const int rows_next = g.parts * kStep;
+    const int images_next = divide(rows_next, g.P_magic);
+    const int p_next = rows_next - images_next * g.P;
+    const int x_next = images_next * planes * x_slot + p_next * x_pitch;
+    const int dy_next = (images_next * planes * g.P + p_next) * kDyPitch;
 #pragma unroll 1
-    for (int first = part * kStep; first < rows; first += g.parts * kStep) {
+    for (int first = part * kStep; first < rows; first += rows_next) {
       // Behind the last row dy is zero, and x any row.
-      const bool exists = first + lane_row < rows;
-      const int row = exists ? first + lane_row : 0;
-      const int image = divide(row, g.P_magic);
-      const int p = row - image * g.P;
-      const int of_planes = image * planes + plane;
-      const T* const dy_row = exists ? dy_layout + (of_planes * g.P + p) * kDyPitch : zeros;
-      const T* const x_row = x_warp + of_planes * x_slot + p * g.stride_h * kXPitch;
+      const bool exists = row < rows;
+      const T* const x_row = x_warp + (exists ? x_place : 0);
+      const T* const dy_row = dy_layout + __shfl_sync(kAllLanes, exists ? dy_place : g.zeros, other_lane);
+      row += rows_next;
+      p += p_next;
+      x_place += x_next;
+      dy_place += dy_next;
+      if (p >= g.P) {
+        p -= g.P;
+        x_place += planes * x_slot - g.P * x_pitch;
+        dy_place += (planes - 1) * g.P * kDyPitch;
+      }
       uint32 gradient[kDyChunks][2];
 #pragma unroll
       for (int d = 0; d < kDyChunks; d += 2) {
         uint32 piece[4];
         const bool both = d + 1 < kDyChunks;
-        ptx::load_matrices_transposed(dy_row + (d + (both ? second : 0)) * kChunk, piece);
+        ptx::load_matrices_transposed(dy_row + (d + (both ? lane / 16 : 0)) * kChunk, piece);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          gradient[d][half] = piece[2 * half];
-          if (both) gradient[d + 1][half] = piece[2 * half + 1];
+          gradient[d][half] = piece[half];
+          if (both) gradient[d + 1][half] = piece[2 + half];
         }
       }
-      if (kBias && group == 0) {
-        const uint32 ones = narrow_pair(T{}, 1.0f, 1.0f);
-        const uint32 all_ones[4] = {ones, ones, ones, ones};
+      if (kBias && (!kGrouped || group == 0)) {
+        const uint32 ones[4] = {two_ones(T{}), two_ones(T{}), two_ones(T{}), two_ones(T{})};
 #pragma unroll
-        for (int d = 0; d < kDyChunks; ++d) multiply(T{}, bias_sum, all_ones, gradient[d]);
+        for (int d = 0; d < kDyChunks; ++d) multiply(T{}, bias_sum, ones, gradient[d]);
       }
 #pragma unroll
       for (int c = 0; c < kXChunks; ++c) {
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
           uint32 value[4];
-          ptx::load_matrices_transposed(x_row + pair * pair_pitch + c * kChunk, value);
+          ptx::load_matrices_transposed(x_row + 2 * pair * tap_pitch + c * kChunk, value);
 #pragma unroll
           for (int t = 0; t < kOffsets; ++t) {
             const int d = c - kFirst - t;
