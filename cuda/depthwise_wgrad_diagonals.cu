@@ -23,6 +23,7 @@
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
+#include "wgrad_plainly.cuh"
 
 using T = CUCONV_T;
 
@@ -168,27 +169,6 @@ __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, 
   while (row + (kBatch - 1) * kRowsAtOnce < all_rows) move(Count<kBatch>{});
 #pragma unroll 1
   while (row < all_rows) move(Count<1>{});
-}
-
-// One gradient, element by element and straight from global memory, by all lanes of a warp; dbias behind the taps.
-__device__ __forceinline__ float sum_plainly(const Parameters& g, const T* dy, const T* x, int images, int64 x_image,
-                                             int64 dy_image, int tap, int lane) {
-  const int r = tap / g.S;
-  const int s = tap - r * g.S;
-  float sum = 0;
-  for (int image = 0; image < images; ++image, dy += dy_image, x += x_image) {
-    for (int element = lane; element < g.P * g.Q; element += kWarp) {
-      const int p = element / g.Q;
-      const int h = p * g.stride_h + r * g.dilation_h - g.top;
-      const int w = element - p * g.Q + s * g.dilation_w - g.left;
-      const bool exists = within(h, g.H) && within(w, g.W);
-      const float value = r == g.R ? 1.0f : exists ? widen(x[h * g.W + w]) : 0.0f;
-      sum = fma(value, widen(dy[element]), sum);
-    }
-  }
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(kAllLanes, sum, apart);
-  return sum;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import channels_last, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last, wgrad_diagonals
+from . import channels_last, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last, wgrad_diagonals, wgrad_pairs
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -55,6 +55,7 @@ _WGRAD = {
     "runs": wgrad.runs,
     "channels_last": wgrad_channels_last.channels_last,
     "diagonals": wgrad_diagonals.diagonals,
+    "pairs": wgrad_pairs.pairs,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }
