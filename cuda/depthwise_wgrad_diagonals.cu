@@ -18,7 +18,7 @@
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
 // THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at once: it
-// divides W, Q and shift); GROUPED (there are several groups of kernel rows); DILATED (dilation_h is above 1); PAIRS (of
+// divides W, Q and shift); DENSE (planes arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel rows); DILATED (dilation_h is above 1); PAIRS (of
 // kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
 #include "indices.cuh"
 #include "numbers.cuh"
@@ -32,6 +32,7 @@ constexpr bool kFinal = CUCONV_FINAL;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kVector = CUCONV_VECTOR;
+constexpr bool kDense = CUCONV_DENSE;
 constexpr bool kGrouped = CUCONV_GROUPED;
 constexpr bool kDilated = CUCONV_DILATED;
 constexpr int kPairs = CUCONV_PAIRS;
@@ -118,8 +119,9 @@ __device__ __forceinline__ Words load_chunk(const T* source) {
 }
 
 // The rows of so many planes, which arrived `unit` elements apart, to chunks of a layout where planes are `slot` elements
-// apart. Threads keep to one place of a row. What lies beside a row is loaded too, wherever it belongs, and made zero.
-template <int kChunks, int kPitch>
+// apart, kGaps if there are other rows between them. Threads keep to one place of a row. What lies beside a row is loaded
+// too, wherever it belongs, and made zero.
+template <int kChunks, int kPitch, bool kGaps>
 __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, int unit, int rows, int width, int slot,
                                         uint32 rows_magic, int shift, int thread) {
   constexpr int kRowsAtOnce = kThreads / kChunks;
@@ -131,15 +133,17 @@ __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, 
     present.piece[e / 2] =
         (within(column + e, width) ? 0xffffu : 0) | (within(column + e + 1, width) ? 0xffff0000u : 0);
   const int all_rows = planes * rows;
+  const int source_gap = kDense ? 0 : unit - rows * width;
+  const int layout_gap = kGaps ? slot - rows * kPitch : 0;
   int row = thread / kChunks;
   const int plane = divide(row, rows_magic);
   int plane_row = row - plane * rows;
-  source += plane * unit + plane_row * width + column;
-  layout += plane * slot + plane_row * kPitch + column + shift;
+  source += row * width + plane * source_gap + column;
+  layout += row * kPitch + plane * layout_gap + column + shift;
   const int next_plane = divide(kRowsAtOnce, rows_magic);
   const int next_row = kRowsAtOnce - next_plane * rows;
-  const int source_next = next_plane * unit + next_row * width;
-  const int layout_next = next_plane * slot + next_row * kPitch;
+  const int source_next = kRowsAtOnce * width + next_plane * source_gap;
+  const int layout_next = kRowsAtOnce * kPitch + next_plane * layout_gap;
   const auto move = [&](auto count) {
     constexpr int kCount = decltype(count)::value;
     Words words[kCount];
@@ -148,13 +152,15 @@ __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, 
     for (int b = 0; b < kCount; ++b) {
       words[b] = load_chunk<kVector>(source);
       place[b] = layout;
-      plane_row += next_row;
       source += source_next;
       layout += layout_next;
-      if (plane_row >= rows) {
-        plane_row -= rows;
-        source += unit - rows * width;
-        layout += slot - rows * kPitch;
+      if (kGaps || !kDense) {
+        plane_row += next_row;
+        if (plane_row >= rows) {
+          plane_row -= rows;
+          source += source_gap;
+          layout += layout_gap;
+        }
       }
     }
 #pragma unroll
@@ -249,9 +255,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int turn = 0; turn < turns; ++turn) {
     const int images = images_of(turn);
     ptx::barrier_wait(&full, turn % 2);
-    lay_out<kXChunks, kXPitch>(x_arrival + x_phase, x_layout + g.gap * kXPitch, images * planes, g.x_unit, g.H, g.W, x_slot,
+    lay_out<kXChunks, kXPitch, true>(x_arrival + x_phase, x_layout + g.gap * kXPitch, images * planes, g.x_unit, g.H, g.W, x_slot,
                                g.H_magic, g.shift, thread);
-    lay_out<kDyChunks, kDyPitch>(dy_arrival + dy_phase, dy_layout, images * planes, g.dy_unit, g.P, g.Q, g.P * kDyPitch,
+    lay_out<kDyChunks, kDyPitch, false>(dy_arrival + dy_phase, dy_layout, images * planes, g.dy_unit, g.P, g.Q, g.P * kDyPitch,
                                  g.P_magic, 0, thread);
     __syncthreads();
     if (turn + 1 < turns) load(turn + 1);
@@ -373,6 +379,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     const bool of_bias = tap == taps;
     const float* terms = sums + (of_plane * plane_warps + (of_bias ? 0 : of_group * g.parts)) * kLaneSums * kWarp;
     float total = 0;
+#pragma unroll 1
     for (int other = 0; other < g.parts; ++other, terms += kLaneSums * kWarp) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {

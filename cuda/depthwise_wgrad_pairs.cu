@@ -143,9 +143,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // second chunk, and 16 to 31 those of the last eight images; of dy, those and these the other way around.
   const int second = lane / 8 % 2;
   const int last = lane / 16;
-  const int own_chunks = plane_start - plane_phase + first_chunk * kChunk;
-  const T* const x_lane = stages + (lane % 8 + last * 8) * g.pitch + own_chunks + (kFirst + second) * kChunk;
-  const T* const dy_lane = stages + dy_offset + (lane % 8 + second * 8) * g.pitch + own_chunks;
+  const int own_start = plane_start - plane_phase + first_chunk * kChunk;
+  const int own_chunks = (plane_phase + pixels + kChunk - 1) / kChunk - first_chunk;
+  const T* const x_lane = stages + (lane % 8 + last * 8) * g.pitch + own_start + (kFirst + second) * kChunk;
+  const T* const dy_lane = stages + dy_offset + (lane % 8 + second * 8) * g.pitch + own_start;
 
   float sum[kChunks][kPairsOfChunk][4] = {};
   // Row i of the first eight is chunk i's.
@@ -191,6 +192,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         if (kBias) {
 #pragma unroll
           for (int i = 0; i < kChunks; ++i) {
+            // Behind the plane there may be nothing at all, and even zeros would make NaN of that.
+            if (i >= own_chunks) continue;
             const uint32 own = lane / 4 == i ? two_ones(T{}) : 0;
             const uint32 row_of_ones[4] = {own, 0, own, 0};
             multiply(T{}, bias_sum, row_of_ones, gradient[i]);

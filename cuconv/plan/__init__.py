@@ -60,6 +60,13 @@ _WGRAD = {
     "direct": wgrad.direct,
 }
 
+# Of the variants on tensor cores, which suit where runs does too, those that are asked before it: each says where.
+_BEATS_RUNS = {
+    "toeplitz": toeplitz.beats_runs,
+    "pairs": wgrad_pairs.beats_runs,
+    "diagonals": wgrad_diagonals.beats_runs,
+}
+
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
 
 _forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
@@ -131,8 +138,8 @@ def _first_suitable(planners: Mapping[str, Callable[..., _Chosen]], forced: str 
     if forced is not None and forced not in planners:
         raise Unsuitable(f"variant {forced}: this pass has {', '.join(planners)}")
     names = [forced] if forced is not None else list(planners)
-    if forced is None and "toeplitz" in planners and toeplitz.beats_runs(*arguments[:2]):
-        names.insert(0, "toeplitz")
+    if forced is None:
+        names[:0] = [name for name, beats in _BEATS_RUNS.items() if name in planners and beats(*arguments[:2])]
     reasons = []
     for name in names:
         try:

@@ -34,7 +34,8 @@ _MAX_SUMS = 112
 _PLANES = (1, 2, 4, 8, 16)
 _IMAGES = (1, 2, 3, 4, 6, 8, 16, 32)
 _PARTS = (1, 2, 4, 7, 8)
-_MAX_WARPS = 16
+# Of a block: more than the former only where the kernel has as many groups of rows.
+_USUAL_WARPS, _MAX_WARPS = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +102,22 @@ class Tile:
         """That a thread is allowed."""
         return min(255, 48 + 4 * self.pairs * self.window.offsets + 2 * self.window.dy_chunks)
 
-    def blocks(self, target: Target) -> int:
-        """That a multiprocessor holds at once. Each of its four schedulers has a quarter of the registers."""
-        shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
+    @property
+    def blocks_of_registers(self) -> int:
+        """That the registers of a multiprocessor are enough for, which the compiler is held to. Each of its four
+        schedulers has a quarter of them."""
         warps = 65536 // (4 * 32 * -(-self.registers // 8) * 8) * 4
-        return max(1, min(shared, 2048 // self.threads, 32 * warps // self.threads))
+        return max(1, min(2048, 32 * warps) // self.threads)
+
+    def blocks(self, target: Target) -> int:
+        """That a multiprocessor holds at once."""
+        shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
+        return max(1, min(shared, self.blocks_of_registers))
+
+
+def beats_runs(g: Conv2dGeometry, dtype: str) -> bool:
+    """Where this takes less time than depthwise_wgrad_runs."""
+    return DTYPES[dtype][1] == _SIZE and (g.R * g.S >= 25 or g.dilation != (1, 1))
 
 
 def diagonals(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
@@ -136,8 +148,9 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("BIAS", int(bias)),
             ("FINAL", int(slabs == 1)),
             ("THREADS", tile.threads),
-            ("BLOCKS", tile.blocks(target)),
+            ("BLOCKS", tile.blocks_of_registers),
             ("VECTOR", window.vector),
+            ("DENSE", int((tile.x_unit, tile.dy_unit) == (g.H * g.W, g.P * g.Q))),
             ("GROUPED", int(tile.row_groups > 1)),
             ("DILATED", int(g.dilation[0] > 1)),
             ("PAIRS", tile.pairs),
@@ -215,7 +228,7 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
         pairs_choices.add((-(-all_pairs // groups), groups))
     for (pairs, groups), planes, parts, images in product(sorted(pairs_choices), _PLANES, _PARTS, _IMAGES):
         warps = planes * groups * parts
-        if warps > _MAX_WARPS or planes > g.K or images > g.N or (images // 2 >= g.N and images > 1):
+        if warps > max(_USUAL_WARPS, groups) or groups > _MAX_WARPS or planes > g.K or images > g.N or (images // 2 >= g.N and images > 1):
             continue
         if planes > 1 and any(planes * plane % _CHUNK for plane in (g.H * g.W, g.P * g.Q)):
             continue

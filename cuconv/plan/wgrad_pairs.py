@@ -60,11 +60,22 @@ class Tile:
     def threads(self) -> int:
         return 32 * self.planes * self.plane_warps
 
-    def blocks(self, target: Target) -> int:
-        """That a multiprocessor holds at once. Each of its four schedulers has a quarter of the registers."""
-        shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
+    @property
+    def blocks_of_registers(self) -> int:
+        """That the registers of a multiprocessor are enough for, which the compiler is held to. Each of its four
+        schedulers has a quarter of them."""
         warps = 65536 // (4 * 32 * -(-self.registers // 8) * 8) * 4
-        return max(1, min(shared, 2048 // self.threads, 32 * warps // self.threads))
+        return max(1, min(2048, 32 * warps) // self.threads)
+
+    def blocks(self, target: Target) -> int:
+        """That a multiprocessor holds at once."""
+        shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
+        return max(1, min(shared, self.blocks_of_registers))
+
+
+def beats_runs(g: Conv2dGeometry, dtype: str) -> bool:
+    """Where this takes less time than depthwise_wgrad_runs: products take 16 images at once."""
+    return DTYPES[dtype][1] == _SIZE and g.N >= 2 * _STEP
 
 
 def pairs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
@@ -103,7 +114,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("BIAS", int(bias)),
             ("FINAL", int(tile.slabs == 1)),
             ("THREADS", tile.threads),
-            ("BLOCKS", tile.blocks(target)),
+            ("BLOCKS", tile.blocks_of_registers),
             ("STAGES", tile.stages),
             ("PLANE_CHUNKS", tile.plane_chunks),
             ("CHUNKS", tile.chunks),
@@ -190,7 +201,7 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
             pitch=pitch,
             margin=margin,
             shared_bytes=shared,
-            registers=min(255, 32 + max(sums + 2 * chunks, taps + 16)),
+            registers=min(255, max(80, 40 + sums + 2 * chunks)),
         )
         tile = Tile(slabs=1, **base)
         held = target.multiprocessors * tile.blocks(target)
