@@ -137,6 +137,14 @@ __device__ __forceinline__ void load_matrices(const void* row, uint32 (&piece)[4
                : "memory");
 }
 
+// Likewise, but lane l gets elements l / 4 of rows 2 (l % 4) and the next: of each matrix the transposed one.
+__device__ __forceinline__ void load_matrices_transposed(const void* row, uint32 (&piece)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece[0]), "=r"(piece[1]), "=r"(piece[2]), "=r"(piece[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // sum += a b by all lanes of a warp, a of 16 rows and 16 columns, b of 16 and 8; sums in float32. Lane l = 4 i + j has
 //   of a    rows i and i + 8 of columns 2j, 2j + 1 in a[0] and a[1], of columns 2j + 8, 2j + 9 in a[2] and a[3],
 //   of b    rows 2j, 2j + 1 of column i in b[0], rows 2j + 8, 2j + 9 in b[1],

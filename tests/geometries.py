@@ -65,6 +65,27 @@ _WGRAD = {
     "120x20": ((2, 1, 125, 40), (1, 1, 120, 20), (1, 1), ((3, 1), (0, 7)), (1, 1)),
 }
 
+# What only the gradient of weights on tensor cores branches on, whose images are multiples of 16 bytes: rows of one chunk
+# and of several, planes that start at any element or at no multiple of 16 bytes, channels and images that fill no block,
+# groups of kernel rows, chunks and rows far apart, chunks of padding alone.
+_TENSOR_WGRAD = {
+    "7x7_planes": ((9, 24, 7, 7), (24, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "14x14_planes": ((5, 6, 14, 14), (6, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "28_wide": ((4, 2, 12, 28), (2, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "56_wide": ((3, 1, 9, 56), (1, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "120_wide": ((2, 1, 3, 120), (1, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "odd_planes_dilation_12": ((3, 8, 21, 23), (8, 1, 3, 3), (1, 1), ((12, 12), (12, 11)), (12, 12)),
+    "4x9_stride_2_1_dilated": ((3, 8, 13, 20), (8, 1, 4, 9), (2, 1), ((0, 1), (0, 0)), (3, 1)),
+    "2x6_asymmetric": ((2, 8, 9, 11), (8, 1, 2, 6), (1, 1), ((4, 0), (1, 9)), (1, 1)),
+    "51x5_channels": ((3, 3, 30, 16), (3, 1, 51, 5), (1, 1), ((25, 25), (2, 2)), (1, 1)),
+    "31x31_narrow": ((2, 1, 20, 24), (1, 1, 31, 31), (1, 1), ((15, 15), (15, 15)), (1, 1)),
+    "7x7_kernel_7x7_planes": ((35, 8, 7, 7), (8, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "5x9_planes": ((21, 8, 5, 9), (8, 1, 4, 3), (1, 1), ((3, 0), (0, 2)), (1, 1)),
+    "12x20_planes": ((17, 2, 12, 20), (2, 1, 2, 2), (1, 1), ((0, 1), (1, 0)), (1, 1)),
+    "pixels": ((5, 24, 1, 1), (24, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "columns_of_padding": ((2, 8, 3, 5), (8, 1, 2, 3), (1, 1), ((6, 7), (2, 19)), (1, 1)),
+}
+
 # What strides and multipliers do to dx only: rows and columns that no dy reaches, a dy that covers x exactly, strides
 # along one axis and dilation along the other, or along one where the kernel is one element wide, sums of planes.
 _DGRAD = {
@@ -114,13 +135,23 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST | _IMAGES)
+GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES)
 # As rows of images it needs more products than registers hold.
 _TOO_MANY_PRODUCTS = [GEOMETRIES["large_kernel_dilated"]]
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
-VARIANTS = ("direct", "runs", "toeplitz", "images", "tiles", "channels_last", "channels_last_staged")
+VARIANTS = (
+    "direct",
+    "runs",
+    "toeplitz",
+    "images",
+    "diagonals",
+    "pairs",
+    "tiles",
+    "channels_last",
+    "channels_last_staged",
+)
 HALVES = ("float16", "bfloat16")
 
 
@@ -134,6 +165,15 @@ def suits(variant, direction, g, dtype):
     forward, nchw = direction == "forward", not g.channels_last
     if variant == "direct":
         return True
+    whole = all(size // g.N % 8 == 0 for size in (g.x_size, g.y_size))
+    if variant == "pairs":
+        takes = nchw and dtype in HALVES and not multiplied and dense and few_taps
+        return direction == "wgrad" and takes and whole and (g.P, g.Q) == (g.H, g.W) and g.H * g.W <= 256
+    if variant == "diagonals":
+        # Chunks of 8 columns; of 16 no more. The last tap of the first column is not beyond the padding.
+        narrow = max(g.W, g.Q) <= 120 and (g.S - 1) * g.dilation[1] + 7 >= g.padding[1][0]
+        takes = nchw and dtype in HALVES and not multiplied and g.stride[1] == 1
+        return direction == "wgrad" and takes and whole and narrow
     if direction == "wgrad":
         few = {"runs": nchw, "channels_last": not nchw}.get(variant, False)
         return few if few_taps else variant == "tiles" and nchw and dense
@@ -172,6 +212,8 @@ _MAIN_DTYPES = {
     "runs": ("float16", "float32"),
     "toeplitz": ("float16",),
     "images": ("float16",),
+    "diagonals": ("float16",),
+    "pairs": ("float16",),
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
     "channels_last_staged": ("float16", "float32"),  # of odd numbers of channels only float32
@@ -189,6 +231,9 @@ _FEW = (
     "8_channels",
     "7x7_together",
     "14x14_7x7",
+    "7x7_planes",
+    "14x14_planes",
+    "51x5_channels",
 )
 
 
@@ -198,6 +243,7 @@ def cases(direction):
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
         of_variant = names[layout] | (_IMAGES if variant == "images" else {})
+        of_variant |= _TENSOR_WGRAD if variant in ("diagonals", "pairs") else {}
         for name in of_variant if dtype in _MAIN_DTYPES[variant] else filter(of_variant.__contains__, _FEW):
             g = replace(GEOMETRIES[name], channels_last=layout == "nhwc")
             if layout == "nhwc" and not all(map(tells_layout, _read(direction, g))):

@@ -7,14 +7,16 @@ from itertools import product
 import numpy as np
 import oracle
 import pytest
-from geometries import LAYOUTS, cases, numbers_of, random_dy
+from geometries import GEOMETRIES, LAYOUTS, cases, numbers_of, random_dy, suits
 
 import cuconv
-from cuconv import plan
+from cuconv import kernels, plan
 from cuconv.geometry import depthwise_geometry
 
 # Every variant in the layouts that it takes.
 BY_LAYOUT = (("direct", "nchw"), ("direct", "nhwc"), ("runs", "nchw"), ("channels_last", "nhwc"))
+# On tensor cores, for images of whole 16 bytes in 16-bit.
+TENSOR = ("diagonals", "pairs")
 
 
 def random_gradients(rng, g, dtype):
@@ -75,6 +77,55 @@ def test_nan_and_infinity_reach_what_they_meet(device, rng, variant, layout):
         assert {*np.isnan(expected[0][2]).ravel()} == {True, False}
 
 
+@pytest.mark.parametrize("variant", TENSOR)
+def test_nan_and_infinity_reach_what_they_meet_on_tensor_cores(device, rng, variant):
+    """At the edges, where chunks hold what belongs to other rows, planes or to none; in one channel and not in others."""
+    for width, channels in ((5, 8), (12, 2)):
+        g = depthwise_geometry((19, channels, 10, width), (channels, 1, 3, 3), padding=1)
+        dy, x = random_gradients(rng, g, "float16")
+        x[0, 0, -1, -1] = np.inf
+        x[17, 0, 0, 0] = -np.inf
+        dy[18, 1, 0, -1] = np.nan if width == 5 else np.inf
+        expected = oracle.wgrad(dy, x, g.w_shape, **numbers_of(g))
+        given = device.array(dy), device.array(x)
+        with plan.variant(variant):
+            results = cuconv.depthwise_conv2d_wgrad(*given, g.w_shape, bias=True, **numbers_of(g))
+        for exact, result in zip(expected, map(device.host, results), strict=True):
+            np.testing.assert_array_equal(np.isfinite(result), np.isfinite(exact))
+            np.testing.assert_array_equal(result[~np.isfinite(exact)], exact[~np.isfinite(exact)])
+        assert {*np.isfinite(expected[0][0]).ravel()} == {True, False}
+        assert not np.isfinite(expected[1][1])
+        assert np.isfinite(expected[0][2:]).all()
+
+
+@pytest.mark.parametrize("variant", TENSOR)
+def test_finite_data_stay_on_tensor_cores(device, rng, monkeypatch, variant):
+    """What is not there, or was never written, must not look like data that are not finite: the block would do its
+    work over, plainly and slowly. Here doing so makes NaN."""
+    read = kernels._read
+    plainly = "  float sum = 0;\n"
+    assert read("wgrad_plainly.cuh").count(plainly) == 1
+    monkeypatch.setattr(
+        kernels, "_read", lambda name: read(name).replace(plainly, "  float sum = __uint_as_float(~0u);\n")
+    )
+    kernels._kernel.cache_clear()
+    kernels.load.cache_clear()
+    for name in ("7x7_planes", "14x14_planes", "5x9_planes", "12x20_planes", "28_wide", "odd_planes_dilation_12"):
+        g = GEOMETRIES[name]
+        if not suits(variant, "wgrad", g, "bfloat16"):
+            continue
+        dy, x = random_gradients(rng, g, "bfloat16")
+        x[-1, -1, -1, -1] = 0
+        given = device.array(dy), device.array(x)
+        with plan.variant(variant):
+            dw, dbias = cuconv.depthwise_conv2d_wgrad(*given, g.w_shape, bias=True, **numbers_of(g))
+            assert np.isfinite(device.host(dw).astype(np.float32)).all()
+            assert np.isfinite(device.host(dbias).astype(np.float32)).all()
+            given[1][-1, -1, -1, -1] = np.inf
+            dw, _ = cuconv.depthwise_conv2d_wgrad(*given, g.w_shape, bias=True, **numbers_of(g))
+            assert np.isnan(device.host(dw).astype(np.float32)).any()
+
+
 @pytest.mark.parametrize("width", [13, 16])
 def test_nan_and_infinity_reach_what_they_meet_in_large_kernels(device, rng, width):
     """Where dy's rows are no whole steps, the zeros behind them must not meet an infinite x."""
@@ -119,6 +170,60 @@ def test_same_bits_every_time(device, rng, variant, layout):
         first = bits()
         for _ in range(device.repeats):
             np.testing.assert_array_equal(bits(), first)
+
+
+@pytest.mark.parametrize("variant", TENSOR)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_integers_are_exact_on_tensor_cores(device, rng, dtype, variant):
+    shape = (20, 8, 9, 7)
+    dy, x = (rng.integers(-2, 3, shape).astype(oracle.DTYPES[dtype]) for _ in range(2))
+    dy[:, :, ::2] = 0
+    numbers = {"stride": (1, 1), "padding": ((2, 1), (1, 1)), "dilation": (1, 1)}
+    with plan.variant(variant):
+        dw, dbias = cuconv.depthwise_conv2d_wgrad(device.array(dy), device.array(x), (8, 1, 4, 3), bias=True, **numbers)
+    exact = oracle.wgrad(dy, x, (8, 1, 4, 3), **numbers)
+    for result, expected in zip((dw, dbias), exact, strict=True):
+        np.testing.assert_array_equal(device.host(result), expected.astype(result.dtype))
+
+
+@pytest.mark.parametrize("variant", TENSOR)
+@pytest.mark.parametrize("images", [37, 300])
+def test_same_bits_every_time_on_tensor_cores(device, rng, variant, images):
+    if images > 37 and device.repeats < 100:
+        pytest.skip("as many images as fill a GPU: the host takes a minute")
+    dy, x = (device.array(rng.standard_normal((images, 8, 14, 14)).astype(np.float16)) for _ in range(2))
+
+    def bits():
+        gradients = cuconv.depthwise_conv2d_wgrad(dy, x, (8, 1, 3, 3), padding=1, bias=True)
+        return np.concatenate([device.host(one).ravel() for one in gradients]).view(np.uint16)
+
+    with plan.variant(variant):
+        first = bits()
+        for _ in range(device.repeats):
+            np.testing.assert_array_equal(bits(), first)
+
+
+@pytest.mark.parametrize("variant", TENSOR)
+def test_tensor_cores_refuse_what_they_do_not_take(device, variant):
+    def refused(match, shape=(2, 8, 6, 6), kernel=(3, 3), dtype=np.float16, multiplier=1, offset=0, **numbers):
+        x = device.array(np.ones(int(np.prod(shape)) + offset, dtype))[offset:].reshape(shape)
+        w_shape = (shape[1] * multiplier, 1, *kernel)
+        g = depthwise_geometry(shape, w_shape, **numbers)
+        dy = device.array(np.ones(g.y_shape, dtype))
+        with plan.variant(variant), pytest.raises(ValueError, match=rf"variant {variant}: .*{match}"):
+            cuconv.depthwise_conv2d_wgrad(dy, x, w_shape, **numbers)
+
+    refused("float16 and bfloat16.*float32", dtype=np.float32)
+    refused("one output channel an input channel", multiplier=2, padding=1)
+    refused("stride", stride=2, padding=1)
+    refused("images that start at multiples of 16 bytes", shape=(2, 3, 5, 5), padding=1)
+    refused("images that start at multiples of 16 bytes", padding=1, offset=1)
+    if variant == "pairs":
+        refused("a dy of x's extents.*5 x 6", kernel=(2, 3), padding=((0, 0), (1, 1)))
+        refused("planes of up to 256 elements", shape=(2, 1, 20, 20), padding=1)
+        refused("kernels of 64", shape=(2, 1, 16, 16), kernel=(9, 9), padding=4)
+    else:
+        refused("do not fit", shape=(2, 1, 8, 400), padding=1)
 
 
 @pytest.mark.parametrize("layouts", list(product(LAYOUTS, LAYOUTS)), ids="-".join)

@@ -378,6 +378,27 @@ def test_matrix_products(name, order):
     assert np.array_equal(y, a[:, :16].astype(np.float32) @ b.astype(np.float32) + start)
 
 
+def test_transposed_matrices():
+    """Every lane's pieces, of a tile whose elements are numbered."""
+    body = """
+  CUCONV_DYNAMIC_SHARED(bytes);
+  uint16* const tile = reinterpret_cast<uint16*>(bytes);
+  for (int i = threadIdx.x; i < 32 * 8; i += blockDim.x) tile[i] = a[i];
+  __syncthreads();
+  uint32 piece[4];
+  ptx::load_matrices_transposed(tile + threadIdx.x * 8, piece);
+  for (int m = 0; m < 4; m++) y[threadIdx.x * 4 + m] = piece[m];
+"""
+    numbers = np.arange(32 * 8, dtype=np.uint16)
+    parameters = "const uint16* a, uint32* y"
+    _, y = run(body, numbers, np.zeros(128, np.uint32), parameters=parameters, shared=512, block=32)
+    lanes = np.arange(32)
+    for m in range(4):
+        matrix = numbers.reshape(4, 8, 8)[m]
+        lower, upper = (matrix[lanes % 4 * 2 + e, lanes // 4].astype(np.uint32) for e in (0, 1))
+        np.testing.assert_array_equal(y.reshape(32, 4)[:, m], lower | upper << 16)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -89,6 +89,37 @@ def test_toeplitz_compiles_within_its_budget(case, architecture):
         assert resources.registers <= budget, f"{chosen} takes {resources.registers} on {architecture}"
 
 
+# What their measured figures are of, and with which variant.
+TENSOR_WGRAD = {
+    "eff5": ("diagonals", (128, 240, 28, 28), (5, 5), 2),
+    "convnext7": ("diagonals", (64, 192, 56, 56), (7, 7), 3),
+    "slak51": ("diagonals", (16, 96, 56, 56), (51, 5), (25, 2)),
+    "replk31": ("diagonals", (16, 128, 56, 56), (31, 31), 15),
+    "mbv1_14": ("pairs", (128, 512, 14, 14), (3, 3), 1),
+    "mbv1_7": ("pairs", (128, 1024, 7, 7), (3, 3), 1),
+    "eff5_7": ("pairs", (128, 1152, 7, 7), (5, 5), 2),
+    "convnext7_14": ("pairs", (128, 512, 14, 14), (7, 7), 3),
+}
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if int(name[3:].rstrip("a")) >= 90])
+@pytest.mark.parametrize("case", TENSOR_WGRAD)
+def test_wgrad_on_tensor_cores_compiles_without_spills(case, architecture):
+    variant, x_shape, kernel, padding = TENSOR_WGRAD[case]
+    g = geometry(x_shape, (x_shape[1], 1, *kernel), padding=padding)
+    for dtype, bias in (
+        product(("float16", "bfloat16"), (False, True)) if architecture == MEASURED else [("bfloat16", True)]
+    ):
+        try:
+            chosen = plan.depthwise_wgrad(g, dtype, bias, TARGETS[architecture], variant).sums
+        except plan.Unsuitable as reason:
+            assert TARGETS[architecture].shared_per_block < TARGETS[MEASURED].shared_per_block, reason  # noqa: PT017
+            continue
+        resources = kernels.compile_only(chosen, architecture)
+        assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+        assert resources.registers <= REGISTER_BUDGET, f"{chosen} takes {resources.registers} on {architecture}"
+
+
 @pytest.mark.parametrize("kernel", [3, 9, 11])
 def test_every_patch_of_toeplitz_compiles_without_spills(kernel):
     g = geometry((8, 16, 64, 64), (16, 1, kernel, kernel), padding=kernel // 2)

@@ -56,6 +56,25 @@ def test_the_default():
         assert sources(g, "float32") == direct
 
 
+def test_the_default_of_wgrad():
+    """Tensor cores for kernels of many taps, for large dilations, and for small planes of enough images."""
+
+    def source(x_shape, kernel, dtype="bfloat16", target=H200, **numbers):
+        g = geometry(x_shape, (x_shape[1], 1, *kernel), **numbers)
+        return plan.depthwise_wgrad(g, dtype, True, target).source.removeprefix("depthwise_wgrad_")
+
+    assert source((128, 240, 28, 28), (5, 5), padding=2) == "diagonals"
+    assert source((128, 240, 28, 28), (5, 5), "float32", padding=2) == "runs"
+    assert source((128, 240, 28, 28), (3, 3), padding=1) == "runs"
+    assert source((8, 256, 65, 65), (3, 3), padding=12, dilation=12) == "diagonals"
+    assert source((16, 96, 56, 56), (51, 5), padding=(25, 2)) == "diagonals"
+    assert source((16, 96, 56, 56), (51, 5), "float32", padding=(25, 2)) == "tiles"
+    assert source((128, 1152, 7, 7), (5, 5), padding=2) == "pairs"
+    assert source((1, 1152, 7, 7), (3, 3), padding=1) == "runs"
+    assert source((16, 3, 129, 131), (7, 7), padding=3) == "runs"
+    assert source((128, 1152, 7, 7), (5, 5), target=plan.TARGETS[80], padding=2) == "direct"
+
+
 def test_the_default_of_channels_last():
     last = {"channels_last": True}
     for target, make in product((H200, T4), PASSES):
@@ -554,11 +573,15 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
     from cuconv import kernels
 
     plans = []
-    for variant, make in product(VARIANTS, PASSES):
-        kernel = (9, 9) if variant == "tiles" else (3, 3)
-        g = geometry((2, 3, 9, 9), (3, 1, *kernel), padding=4, channels_last=variant == "channels_last")
-        plans.append(make(g, "float16", H200, variant))
-    assert len({chosen.source for chosen in plans}) == 6
+    for variant, make in product(VARIANTS, (*PASSES, plan.depthwise_wgrad)):
+        R = 9 if variant == "tiles" else 3
+        g = geometry((2, 8, 9, 9), (8, 1, R, R), padding=R // 2, channels_last=variant == "channels_last")
+        if make is plan.depthwise_wgrad and suits(variant, "wgrad", g, "float16"):
+            of_wgrad = make(g, "float16", True, H200, variant)
+            plans += filter(None, (of_wgrad.sums, of_wgrad.reduce))
+        elif make is not plan.depthwise_wgrad and suits(variant, "forward", g, "float16"):
+            plans.append(make(g, "float16", H200, variant))
+    assert len({chosen.source for chosen in plans}) == 13
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

@@ -15,7 +15,17 @@ from geometries import numbers_of, random_dy
 
 from cuconv import kernels
 from cuconv.geometry import depthwise_geometry
-from cuconv.plan import channels_last, channels_last_staged, images, runs, tiles, toeplitz, wgrad
+from cuconv.plan import (
+    channels_last,
+    channels_last_staged,
+    images,
+    runs,
+    tiles,
+    toeplitz,
+    wgrad,
+    wgrad_diagonals,
+    wgrad_pairs,
+)
 
 
 def each_kind_once(choices, kinds_of):
@@ -147,14 +157,67 @@ def test_runs_of_wgrad(device, rng, dtype, x_shape, w_shape, numbers):
         yield "slabs", tile.slabs > 1
 
     for tile in each_kind_once(wgrad.tiles_of_runs(g, dtype, True, device.target, aligned=True), kinds):
-        chosen = wgrad.tile_plan(g, dtype, True, device.target, tile)
-        dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (w_shape, w_shape[:1]))
-        workspace = device.array(np.full(max(1, chosen.workspace_bytes), 0xFF, np.uint8))
-        given = device.array(dy), device.array(x), workspace, dw, dbias
-        kernels.load(chosen.sums, 0)(*(array.data.ptr for array in given))
-        if chosen.reduce is not None:
-            kernels.load(chosen.reduce, 0)(*(array.data.ptr for array in given[2:]))
-        oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers_of(g))
+        check_wgrad(device, g, wgrad.tile_plan(g, dtype, True, device.target, tile), dy, x)
+
+
+def check_wgrad(device, g, chosen, dy, x):
+    """Launch the plans of gradients of weights and bias, into poisoned results and a poisoned workspace."""
+    dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (g.w_shape, g.w_shape[:1]))
+    workspace = device.array(np.full(max(1, chosen.workspace_bytes), 0xFF, np.uint8))
+    given = device.array(dy), device.array(x), workspace, dw, dbias
+    kernels.load(chosen.sums, 0)(*(array.data.ptr for array in given))
+    if chosen.reduce is not None:
+        kernels.load(chosen.reduce, 0)(*(array.data.ptr for array in given[2:]))
+    oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers_of(g))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_shape", "w_shape", "numbers"),
+    [
+        ("float16", (9, 24, 7, 7), (24, 1, 5, 5), {"padding": 2}),
+        ("bfloat16", (7, 6, 14, 28), (6, 1, 3, 5), {"padding": (1, 2)}),
+        ("float16", (3, 2, 34, 20), (2, 1, 27, 3), {"padding": (13, 1)}),
+        ("bfloat16", (3, 8, 11, 13), (8, 1, 2, 2), {"padding": ((0, 1), (1, 2)), "stride": (2, 1)}),
+    ],
+    ids=["small_planes", "planes", "large_kernel", "odd_planes"],
+)
+def test_diagonals(device, rng, dtype, x_shape, w_shape, numbers):
+    """Planes and images that do not fill a block, parts of rows with and without work, groups of kernel rows, slabs."""
+    g = depthwise_geometry(x_shape, w_shape, **numbers)
+    dy, x = random_dy(rng, g, dtype), oracle.random_arrays(rng, x_shape, w_shape, dtype)[0]
+
+    def kinds(tile):
+        yield "planes", min(tile.planes, 2), g.K % tile.planes > 0
+        yield "images", tile.images, g.N % tile.images > 0
+        yield "groups", tile.row_groups
+        yield "warps", min(tile.parts, 3), tile.planes > 1
+        yield "slabs", tile.slabs > 1
+
+    for tile in each_kind_once(wgrad_diagonals.tiles(g, True, device.target), kinds):
+        check_wgrad(device, g, wgrad_diagonals.tile_plan(g, dtype, True, device.target, tile), dy, x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_shape", "w_shape", "numbers"),
+    [
+        ("float16", (35, 24, 7, 7), (24, 1, 5, 5), {"padding": 2}),
+        ("bfloat16", (70, 6, 14, 14), (6, 1, 3, 3), {"padding": 1}),
+        ("float16", (17, 8, 9, 5), (8, 1, 2, 6), {"padding": ((1, 0), (0, 5))}),
+    ],
+    ids=["7x7", "14x14", "asymmetric"],
+)
+def test_pairs(device, rng, dtype, x_shape, w_shape, numbers):
+    """Every number of chunks of a warp, all stages, one step of images and two, planes that fill no block, slabs."""
+    g = depthwise_geometry(x_shape, w_shape, **numbers)
+    dy, x = random_dy(rng, g, dtype), oracle.random_arrays(rng, x_shape, w_shape, dtype)[0]
+
+    def kinds(tile):
+        yield from fields(tile, "chunks", "stages", "images")
+        yield "planes", min(tile.planes, 2), g.K % tile.planes > 0
+        yield "slabs", tile.slabs > 1
+
+    for tile in each_kind_once(wgrad_pairs.tiles(g, True, device.target), kinds):
+        check_wgrad(device, g, wgrad_pairs.tile_plan(g, dtype, True, device.target, tile), dy, x)
 
 
 @pytest.mark.parametrize(

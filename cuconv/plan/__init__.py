@@ -14,7 +14,19 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import channels_last, channels_last_staged, direct, images, runs, tiles, toeplitz, wgrad, wgrad_channels_last
+from . import (
+    channels_last,
+    channels_last_staged,
+    direct,
+    images,
+    runs,
+    tiles,
+    toeplitz,
+    wgrad,
+    wgrad_channels_last,
+    wgrad_diagonals,
+    wgrad_pairs,
+)
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -58,8 +70,17 @@ _DGRAD = {
 _WGRAD = {
     "runs": wgrad.runs,
     "channels_last": wgrad_channels_last.channels_last,
+    "diagonals": wgrad_diagonals.diagonals,
+    "pairs": wgrad_pairs.pairs,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
+}
+
+# Of the variants on tensor cores, which suit where runs does too, those that are asked before it: each says where.
+_BEATS_RUNS = {
+    "toeplitz": toeplitz.beats_runs,
+    "pairs": wgrad_pairs.beats_runs,
+    "diagonals": wgrad_diagonals.beats_runs,
 }
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
@@ -133,8 +154,8 @@ def _first_suitable(planners: Mapping[str, Callable[..., _Chosen]], forced: str 
     if forced is not None and forced not in planners:
         raise Unsuitable(f"variant {forced}: this pass has {', '.join(planners)}")
     names = [forced] if forced is not None else list(planners)
-    if forced is None and "toeplitz" in planners and toeplitz.beats_runs(*arguments[:2]):
-        names.insert(0, "toeplitz")
+    if forced is None:
+        names[:0] = [name for name, beats in _BEATS_RUNS.items() if name in planners and beats(*arguments[:2])]
     reasons = []
     for name in names:
         try:

@@ -211,14 +211,31 @@ void show_lanes(const T& own, int line, Read read) {
   hostcuda::meet_lanes(0xFFFFFFFFu, 0, line);
 }
 
-inline void load_matrices(const void* row, uint32 (&piece)[4], int line = __builtin_LINE()) {
+// Each lane's pieces of four matrices, of whose rows `of_lane` knows the addresses.
+template <class Gather>
+void gather_matrices(const void* row, uint32 (&piece)[4], Gather gather, int line) {
   if (!hostcuda::in_shared(row, 16)) fail("load_matrices outside shared memory, in line %d", line);
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices needs rows aligned to 16 bytes, in line %d", line);
-  const int lane = hostcuda::own_lane();
   show_lanes(row, line, [&](auto of_lane) {
     for (int m = 0; m < 4; m++)
-      memcpy(&piece[m], static_cast<const unsigned char*>(of_lane(8 * m + lane / 4)) + lane % 4 * 4, 4);
+      piece[m] = gather([&](int i) { return static_cast<const unsigned char*>(of_lane(8 * m + i)); });
   });
+}
+inline void load_matrices(const void* row, uint32 (&piece)[4], int line = __builtin_LINE()) {
+  const int lane = hostcuda::own_lane();
+  gather_matrices(row, piece, [lane](auto row_of) {
+    uint32 pair;
+    memcpy(&pair, row_of(lane / 4) + lane % 4 * 4, 4);
+    return pair;
+  }, line);
+}
+inline void load_matrices_transposed(const void* row, uint32 (&piece)[4], int line = __builtin_LINE()) {
+  const int lane = hostcuda::own_lane();
+  gather_matrices(row, piece, [lane](auto row_of) {
+    uint16 halves[2];
+    for (int e = 0; e < 2; e++) memcpy(&halves[e], row_of(lane % 4 * 2 + e) + lane / 4 * 2, 2);
+    return halves[0] | uint32(halves[1]) << 16;
+  }, line);
 }
 
 // Products are exact in float32. (The order of a sum is the hardware's own, and so is how it rounds.)
