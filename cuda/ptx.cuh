@@ -99,6 +99,29 @@ __device__ __forceinline__ uint32 floats_to_bfloat16_pair(float lower, float upp
 
 #if __CUDA_ARCH__ >= 800
 
+// Global to shared, kBytes bytes (4, 8 or 16) to which both ends are aligned; they have landed when a wait of the calling
+// thread says so.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global))
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "n"(kBytes)
+                 : "memory");
+}
+
+// Closes the calling thread's group of such copies.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all of the calling thread's groups but the newest kGroups have landed.
+template <int kGroups>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements from shared memory, by all lanes of a warp. Lanes 8m to 8m + 7 give the
 // addresses of the rows of matrix m, 16 bytes each and aligned to as many; lane l gets elements 2 (l % 4) and the next
 // of row l / 4 of matrix m in piece[m].

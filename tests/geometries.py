@@ -102,7 +102,7 @@ GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _CHANNELS_LAST)
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
-VARIANTS = ("direct", "runs", "toeplitz", "tiles", "channels_last")
+VARIANTS = ("direct", "runs", "toeplitz", "tiles", "channels_last", "channels_last_staged")
 HALVES = ("float16", "bfloat16")
 
 
@@ -117,7 +117,9 @@ def suits(variant, direction, g, dtype):
     if variant == "direct":
         return True
     if direction == "wgrad":
-        few = {"runs": nchw, "channels_last": not nchw}.get(variant, False)
+        words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
+        staged = not nchw and words and not multiplied
+        few = {"runs": nchw, "channels_last": not nchw, "channels_last_staged": staged}.get(variant, False)
         return few if few_taps else variant == "tiles" and nchw and dense
     if variant == "runs":
         axes = zip((g.R, g.S), g.stride, g.dilation, strict=True)
@@ -128,6 +130,8 @@ def suits(variant, direction, g, dtype):
         return nchw and dtype in HALVES and takes
     if variant == "tiles":
         return nchw and not few_taps and dense and (forward or not multiplied)
+    if variant == "channels_last_staged":
+        return False
     assert variant == "channels_last"
     simple = g.stride == (1, 1) or (max(g.stride) <= 2 and g.dilation == (1, 1))
     return not nchw and few_taps and (forward or (simple and not multiplied))
@@ -142,6 +146,7 @@ _MAIN_DTYPES = {
     "toeplitz": ("float16",),
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
+    "channels_last_staged": ("float16", "float32"),  # of odd numbers of channels only float32
 }
 _FEW = (
     "3x3_padded",

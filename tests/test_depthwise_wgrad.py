@@ -14,7 +14,7 @@ from cuconv import plan
 from cuconv.geometry import depthwise_geometry
 
 # Every variant in the layouts that it takes.
-BY_LAYOUT = (("direct", "nchw"), ("direct", "nhwc"), ("runs", "nchw"), ("channels_last", "nhwc"))
+BY_LAYOUT = (("direct", "nchw"), ("direct", "nhwc"), ("runs", "nchw"), ("channels_last", "nhwc"), ("channels_last_staged", "nhwc"))
 
 
 def random_gradients(rng, g, dtype):

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..geometry import Conv2dGeometry
-from . import channels_last, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last
+from . import channels_last, direct, runs, tiles, toeplitz, wgrad, wgrad_channels_last, wgrad_channels_last_staged
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan
 
@@ -54,6 +54,7 @@ _DGRAD = {
 _WGRAD = {
     "runs": wgrad.runs,
     "channels_last": wgrad_channels_last.channels_last,
+    "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }

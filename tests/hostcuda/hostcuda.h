@@ -176,6 +176,29 @@ inline uint32 floats_to_bfloat16_pair(float lower, float upper) {
 
 #if __CUDA_ARCH__ >= 800
 
+// What is under way is poison until the copying thread waits for it.
+template <int kBytes>
+void copy_async(void* shared, const void* global, int line = __builtin_LINE()) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if (!hostcuda::in_shared(shared, kBytes)) fail("copy_async of %d bytes leaves shared memory, in line %d", kBytes, line);
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes)
+    fail("copy_async needs addresses of whole %d bytes: %p, %p in line %d", kBytes, shared, global, line);
+  memset(shared, 0xFF, kBytes);
+  self->copies.push_back({shared, global, kBytes, self->copy_groups});
+}
+
+inline void copy_async_commit() { self->copy_groups++; }
+
+// Carries out, at the last moment, all but the newest kGroups groups.
+template <int kGroups>
+void copy_async_wait() {
+  auto& copies = self->copies;
+  size_t landed = 0;
+  for (; landed < copies.size() && copies[landed].group < self->copy_groups - kGroups; landed++)
+    memcpy(copies[landed].to, copies[landed].from, copies[landed].bytes);
+  copies.erase(copies.begin(), copies.begin() + landed);
+}
+
 // All lanes of the warp show each other a variable of theirs, which each reads through `of_lane`; none goes on before
 // all have read.
 template <class T, class Read>

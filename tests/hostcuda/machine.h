@@ -32,6 +32,7 @@ enum State { kReady, kExited, kAtSync, kAtWarp, kAtBarrier };
 
 struct Load { void* to; const void* from; uint32 bytes; uint64* barrier; };
 struct Store { void* to; const void* from; std::vector<unsigned char> bytes; int group; };
+struct Copy { void* to; const void* from; uint32 bytes; int group; };
 struct Barrier { uint64* address; uint32 arrivals, pending; long long bytes; uint32 phase; };
 
 struct Fiber {
@@ -42,6 +43,8 @@ struct Fiber {
   uint64* barrier;
   std::vector<Store> stores;
   int groups;
+  std::vector<Copy> copies;
+  int copy_groups;
 #ifdef __x86_64__
   void* context;
 #else
@@ -257,6 +260,8 @@ inline void run_block(Order order) {
     fibers[i].state = kReady;
     fibers[i].groups = 0;
     fibers[i].stores.clear();
+    fibers[i].copy_groups = 0;
+    fibers[i].copies.clear();
     prepare(fibers[i], stacks + i * kStackBytes, fiber_main);
   }
   while (exited < threads) {
