@@ -58,19 +58,17 @@ constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
 // Rows of dy that one row of x meets: as many turns are unrolled, so that the ring's registers are known at compile time.
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
 // Few rows of dy are met, as zeros where there are none, sooner than it is found out which exist.
-constexpr bool kSkip = true;
-constexpr bool kShifted = CUCONV_SHIFTED;
+constexpr bool kSkip = CUCONV_SKIP;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
 constexpr int kPieces = kChannels / kPiece;
 // What a stage begins with: a word of what the turn brings, in 16 bytes.
 constexpr int kHead = 16 / static_cast<int>(sizeof(T));
 
 // That word has a bit for each of the last kRing rows of dy, the newest first, whether it exists and belongs to this step;
-// for each new row of x; whether a step begins; and the images from the step's first on, at most so many as a block takes.
+// for each new row of x; and the images from the step's first on, at most so many as a block takes.
 // It is 0 behind the last turn.
 constexpr int kXBit = kRing;
-constexpr int kBeginsBit = kXBit + kStrideH;
-constexpr int kImagesBit = kBeginsBit + 1;
+constexpr int kImagesBit = kXBit + kStrideH;
 static_assert(kImagesBit <= 20, "up to 2^11 images");
 
 static_assert(kStages >= 2, "a turn is copied while another is read");
@@ -91,6 +89,9 @@ struct Parameters {
   int images;                  // of a block at a time; they and their strips have kGroups threads each
   int column_blocks;           // blocks side by side
   int x_pixels, dy_pixels;     // columns of x and dy that a block's strips need
+  int x_plane, dy_plane;       // elements of an image
+  int x_line, x_down, dy_down; // elements from one row of x to the next of a turn, and from a turn's to the next turn's
+  int down;                    // rows of x, likewise
   int strip_rows;              // rows of dy in a strip; the last may lie beyond P where rows are apart
   int rows;                    // of all strips that a block's threads go down together, one after the other
   int slab_rows;               // of those, a block's
@@ -144,7 +145,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int unit_w = kDilated ? g.dilation_w : 1;
   const int spacing_h = kDilated ? g.spacing_h : 1;
   const int spacing_w = kDilated ? g.spacing_w : 1;
-  const int down = spacing_h * g.stride_h;
   const int first_q = kDilated ? 0 : column_block * g.strips * kColumns;
   const int first_column = kWidth ? 0 : first_q * g.stride_w - g.left;
 
@@ -159,8 +159,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     walk.t = 0;
     walk.count = kDilated ? min(rows, max(0, (g.P - p + spacing_h - 1) / spacing_h)) : rows;
     walk.row = p * g.stride_h - g.top;
-    // Turns behind the last with a row of x would do nothing.
-    walk.turns = max(max(1, walk.count), min(walk.count + kRing - 1, (g.H - walk.row + down - 1) / down));
+    walk.turns = max(1, walk.count + kRing - 1);
+    // Turns behind the last with a row of x would do nothing, but bring zeros where they are counted on.
+    if (kSkip) walk.turns = min(walk.turns, max(max(1, walk.count), (g.H - walk.row + g.down - 1) / g.down));
     walk.first_image = set * g.images;
     walk.images = min(g.images, g.N - walk.first_image);
     return p;
@@ -177,12 +178,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int stage_size = kHead + kStrideH * x_size + g.images * g.dy_pixels * kChannels;
   T* const of_x = ring + kHead;
   T* const of_dy = of_x + kStrideH * x_size;
-  const int x_plane = g.H * g.W * g.K;
-  const int dy_plane = g.P * g.Q * g.K;
   int copied_x[kXCopies], copied_dy[kDyCopies];
-  find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W, x_plane,
+  find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W, g.x_plane,
               g.K - first_channel, g.K);
-  find_copies(copied_dy, of_dy, 1, stage_size, g.images, g.dy_pixels, g.dy_pixels_magic, first_q, g.Q, dy_plane,
+  find_copies(copied_dy, of_dy, 1, stage_size, g.images, g.dy_pixels, g.dy_pixels_magic, first_q, g.Q, g.dy_plane,
               g.K - first_channel, g.K);
   Walk ahead;
   const T *x_source, *dy_source;
@@ -191,8 +190,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     const int64 image = ahead.first_image;
     x_source = x + (image * g.H + ahead.row) * g.W * g.K + first_channel;
     dy_source = dy + (image * g.P + p) * g.Q * g.K + first_channel;
-    x_end = ahead.images * x_plane;
-    dy_end = ahead.images * dy_plane;
+    x_end = ahead.images * g.x_plane;
+    dy_end = ahead.images * g.dy_plane;
     rows_of_dy = 0;
   };
   find_sources(begin(ahead));
@@ -200,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const auto copy = [&](int stage) {
     uint32 turn = 0;
     if (ahead.t < ahead.turns) {
-      turn = ahead.images << kImagesBit | (ahead.t == 0) << kBeginsBit;
+      turn = ahead.images << kImagesBit;
       const T* source = ptx::as_it_is(x_source);
 #pragma unroll
       for (int a = 0; a < kStrideH; ++a) {
@@ -210,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int i = 0; i < kXCopies; ++i)
           if (static_cast<uint32>(copied_x[i]) < (exists ? x_end : 0))
             ptx::copy_async<kCopy>(of_x + stage + a * x_size + (i * kThreads + thread) * kPiece, source + copied_x[i]);
-        source += unit_h * g.W * g.K;
+        source += g.x_line;
       }
       source = ptx::as_it_is(dy_source);
       const bool exists = ahead.t < ahead.count;
@@ -221,9 +220,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       rows_of_dy = (rows_of_dy << 1 | exists) & ((1 << kRing) - 1);
       turn |= rows_of_dy;
       ++ahead.t;
-      ahead.row += down;
-      x_source += down * g.W * g.K;
-      dy_source += spacing_h * g.Q * g.K;
+      ahead.row += g.down;
+      x_source += g.x_down;
+      dy_source += g.dy_down;
       if (ahead.t == ahead.turns && ahead.rows_left > 0) {
         ++ahead.step;
         find_sources(enter(ahead, 0));
@@ -243,15 +242,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // Columns that exist from q on.
   const int columns = image < g.images && k < g.K ? max(0, g.Q - q) : 0;
   const int own_column = kWidth ? 0 : q * g.stride_w - g.left - first_column;
-  const T* const own_x = of_x + (image * g.x_pixels + own_column) * kChannels + group * kVector;
-  const T* const own_dy = of_dy + (image * g.dy_pixels + q - first_q) * kChannels + group * kVector;
 
   Sum sum[kR][kS][kVector] = {};
   Sum bias_sum[kVector] = {};
   Sum gradient[kRing][kColumns][kVector] = {};
-  // The stage that is read, and the one before, which is free for the next turn.
+  // The stage that is read, and the one before, which is free for the next turn; the thread's place in what is read, kept
+  // rather than made anew.
   int stage = 0;
   int free_stage = (kStages - 1) * stage_size;
+  int own_x = (image * g.x_pixels + own_column) * kChannels + group * kVector;
+  int own_dy = (image * g.dy_pixels + q - first_q) * kChannels + group * kVector;
   const auto next_turn = [&] {
     ptx::copy_async_wait<kStages - 2>();
     __syncthreads();
@@ -261,30 +261,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     uint32 turn = next_turn();
     while (turn != 0) {
 #pragma unroll
-      for (int u = 0; u < (kShifted ? 1 : kRing); ++u) {
+      for (int u = 0; u < kRing; ++u) {
         if (u > 0 && turn == 0) return;
         copy(free_stage);
-        if (kShifted) {
-#pragma unroll
-          for (int place = kRing - 1; place > 0; --place)
-#pragma unroll
-            for (int v = 0; v < kColumns; ++v)
-#pragma unroll
-              for (int e = 0; e < kVector; ++e) gradient[place][v][e] = gradient[place - 1][v][e];
-        }
-        if (!kSkip && turn >> kBeginsBit & 1) {
-#pragma unroll
-          for (int place = 0; place < kRing; ++place)
-#pragma unroll
-            for (int v = 0; v < kColumns; ++v)
-#pragma unroll
-              for (int e = 0; e < kVector; ++e) gradient[place][v][e] = 0;
-        }
         if (columns > 0 && image < static_cast<int>(turn >> kImagesBit)) {
           if (turn & 1) {
 #pragma unroll
             for (int v = 0; v < kColumns; ++v) {
-              load_widened<kVector>(own_dy + stage + v * spacing_w * kChannels, true, gradient[u][v]);
+              load_widened<kVector>(of_dy + own_dy + v * spacing_w * kChannels, true, gradient[u][v]);
 #pragma unroll
               for (int e = 0; e < kVector; ++e) bias_sum[e] += gradient[u][v][e];
             }
@@ -301,12 +285,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
             for (int j = 0; j < kSpan; ++j)
               if (column_copied(j))
-                load_widened<kVector>(own_x + stage + a * x_size + (j - kLeft) * unit_w * kChannels, true, value[j]);
+                load_widened<kVector>(of_x + own_x + a * x_size + (j - kLeft) * unit_w * kChannels, true, value[j]);
 #pragma unroll
             for (int before = 0; before < kRing; ++before) {
               const int r = a + before * kStrideH;
               if (r >= kR || (kSkip && !(turn >> before & 1))) continue;
-              const int place = kShifted ? before : (u + kRing - before) % kRing;
+              const int place = (u + kRing - before) % kRing;
 #pragma unroll
               for (int v = 0; v < kColumns; ++v)
 #pragma unroll
@@ -320,8 +304,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           }
         }
         free_stage = stage;
-        stage += stage_size;
-        if (stage == kStages * stage_size) stage = 0;
+        const int step = stage == (kStages - 1) * stage_size ? -stage : stage_size;
+        stage += step;
+        own_x += step;
+        own_dy += step;
         turn = next_turn();
       }
     }
@@ -360,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         while (true) {
           const int64 n = walk.first_image + image;
           for (int t = 0; t < walk.count && image < walk.images; ++t) {
-            const int row = walk.row + t * down + r * unit_h;
+            const int row = walk.row + t * g.down + r * unit_h;
             const T* const dy_from = dy + ((n * g.P + p + t * spacing_h) * g.Q + q) * g.K + k + e;
             const T* const x_from = x + ((n * g.H + row) * g.W + column) * g.K + k + e;
             for (int v = 0; v < kColumns && v * spacing_w < columns; ++v) {

@@ -39,6 +39,7 @@ def each_feature_once(g, tiles):
             ("images", tile.images > 1, g.N % tile.images > 0),
             ("channels", tile.channels < g.K, g.K % tile.channels > 0),
             ("idle", tile.threads > tile.groups * tile.strips * tile.images),
+            ("skip", tile.skip),
             ("slab", tile.slab_rows < strip_rows, tile.slab_rows % strip_rows > 0, tile.slab_rows < rows),
             ("last slab", rows % tile.slab_rows > 0),
         }

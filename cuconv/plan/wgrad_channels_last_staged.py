@@ -60,7 +60,7 @@ class Tile:
     copy: int
     stride: Pair
     spacing: Pair
-    shifted: bool = False
+    skip: bool = False
 
     @property
     def channels(self) -> int:
@@ -130,7 +130,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("DY_COPIES", _copies(tile, dy_pixels, size)),
             ("STRIDE_H", tile.stride[0]),
             ("STRIDE_W", tile.stride[1]),
-            ("SHIFTED", int(tile.shifted)),
+            ("SKIP", int(tile.skip)),
             ("DILATED", int(g.dilation != (1, 1))),
             ("WIDTH", g.W if whole else 0),
             ("LEFT", g.padding[1][0] if whole else 0),
@@ -149,6 +149,12 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("column_blocks", column_blocks),
             ("x_pixels", x_pixels),
             ("dy_pixels", dy_pixels),
+            ("x_plane", g.H * g.W * g.K),
+            ("dy_plane", g.P * g.Q * g.K),
+            ("x_line", g.dilation[0] * g.W * g.K),
+            ("x_down", tile.spacing[0] * g.stride[0] * g.W * g.K),
+            ("dy_down", tile.spacing[0] * g.Q * g.K),
+            ("down", tile.spacing[0] * g.stride[0]),
             ("strip_rows", strip_rows),
             ("rows", rows),
             ("slab_rows", tile.slab_rows),
@@ -217,8 +223,8 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
                     2048 // tile.threads,
                 )
                 if blocks >= 1:
-                    for shifted in (False, True):
-                        yield from _slabs(g, target, replace(tile, blocks=blocks, shifted=shifted))
+                    for skip in (False, True):
+                        yield from _slabs(g, target, replace(tile, blocks=blocks, skip=skip))
 
 
 def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> Iterator[Tile]:
