@@ -18,8 +18,14 @@
 // THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a thread: they divide K);
 // GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of a copy: they divide a pixel's
 // and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of a thread and row); STRIDE_H,
-// STRIDE_W (of the strip, see below); DILATED; WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
+// STRIDE_W (of the strip, see below); DILATED; SKIP (whether it is found out which rows of dy a row of x meets; else zeros
+// take the place of those that do not exist); RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
 // (then the padding before it).
+//
+// Pixels that are no whole copies: a block of all channels may copy what its columns are of a row, which is one run of
+// memory. The run is copied from the last multiple of 16 bytes before it on, so that every row has a phase of its own in shared
+// memory, and zeros follow it. Before the first column of x are a few elements of the row above, which the thread that reads
+// them leaves out.
 //
 // Dilation: rows of dy dilation / gcd(stride, dilation) apart need rows of x whole dilations apart. A strip of rows so far
 // apart is one of an undilated convolution of stride / gcd, in units of `dilation` rows of x. Columns likewise; a block then
@@ -46,6 +52,8 @@ constexpr int kDyCopies = CUCONV_DY_COPIES;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
+constexpr bool kSkip = CUCONV_SKIP;
+constexpr bool kRuns = CUCONV_RUNS;
 constexpr int kWidth = CUCONV_WIDTH;
 constexpr int kLeft = CUCONV_LEFT;
 
@@ -57,11 +65,9 @@ constexpr int kChannels = kGroups * kVector;
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
 // Rows of dy that one row of x meets: as many turns are unrolled, so that the ring's registers are known at compile time.
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
-// Few rows of dy are met, as zeros where there are none, sooner than it is found out which exist.
-constexpr bool kSkip = CUCONV_SKIP;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
-constexpr int kPieces = kChannels / kPiece;
-// What a stage begins with: a word of what the turn brings, in 16 bytes.
+constexpr int kPieces = kRuns ? 1 : kChannels / kPiece;
+// What a stage begins with: a word of what the turn brings and one of phases, in 16 bytes.
 constexpr int kHead = 16 / static_cast<int>(sizeof(T));
 
 // That word has a bit for each of the last kRing rows of dy, the newest first, whether it exists and belongs to this step;
@@ -70,9 +76,12 @@ constexpr int kHead = 16 / static_cast<int>(sizeof(T));
 constexpr int kXBit = kRing;
 constexpr int kImagesBit = kXBit + kStrideH;
 static_assert(kImagesBit <= 20, "up to 2^11 images");
+// The other has so many bits for the phase of dy and of each new row of x, in elements.
+constexpr int kPhaseBits = 3;
+static_assert(!kRuns || (kCopy == 16 && !kDilated && kPhaseBits * (kStrideH + 1) <= 32));
 
 static_assert(kStages >= 2, "a turn is copied while another is read");
-static_assert(kChannels % kPiece == 0, "a pixel of a block is whole copies");
+static_assert(kRuns || kChannels % kPiece == 0, "a pixel of a block is whole copies");
 static_assert(kStrideH <= kR, "of a longer stride only the first kernel's worth of rows meets dy");
 
 // Whether column j of what a strip needs is copied, or else known to be padding.
@@ -89,6 +98,7 @@ struct Parameters {
   int images;                  // of a block at a time; they and their strips have kGroups threads each
   int column_blocks;           // blocks side by side
   int x_pixels, dy_pixels;     // columns of x and dy that a block's strips need
+  int x_size, dy_size;         // elements of a row in shared memory
   int x_plane, dy_plane;       // elements of an image
   int x_line, x_down, dy_down; // elements from one row of x to the next of a turn, and from a turn's to the next turn's
   int down;                    // rows of x, likewise
@@ -133,6 +143,20 @@ __device__ __forceinline__ void find_copies(int (&copied)[kCopies], T* stage, in
   }
 }
 
+// Copies a run of `count` elements to somewhere in the first 16 bytes at `to`, where `size` elements have room, and zeros
+// behind it: where is what it returns.
+template <int kCopies>
+__device__ __forceinline__ uint32 copy_run(T* to, const T* from, int count, int size) {
+  const uint32 phase = reinterpret_cast<uint64>(from) % 16 / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
+    const int first = (i * kThreads + static_cast<int>(threadIdx.x)) * kPiece;
+    const int left = (static_cast<int>(phase) + count - first) * static_cast<int>(sizeof(T));
+    if (first < size) ptx::copy_async_part(to + first, from - phase + first, min(max(left, 0), 16));
+  }
+  return phase;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_channels_last_staged(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw, T* dbias,
                                          const __grid_constant__ Parameters g) {
@@ -174,22 +198,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   // What is copied.
   T* const ring = reinterpret_cast<T*>(shared);
-  const int x_size = g.images * g.x_pixels * kChannels;
-  const int stage_size = kHead + kStrideH * x_size + g.images * g.dy_pixels * kChannels;
+  const int stage_size = kHead + kStrideH * g.x_size + g.dy_size;
   T* const of_x = ring + kHead;
-  T* const of_dy = of_x + kStrideH * x_size;
+  T* const of_dy = of_x + kStrideH * g.x_size;
+  // Of runs: columns before the first of x, and the pieces of zeros in their place.
+  const int missing = kRuns ? max(0, -first_column) : 0;
+  const int lead = (missing * kChannels + kPiece - 1) / kPiece * kPiece;
+  const int x_run = (min(first_column + g.x_pixels, g.W) - first_column - missing) * kChannels;
+  const int dy_run = (min(first_q + g.dy_pixels, g.Q) - first_q) * kChannels;
   int copied_x[kXCopies], copied_dy[kDyCopies];
-  find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W, g.x_plane,
-              g.K - first_channel, g.K);
-  find_copies(copied_dy, of_dy, 1, stage_size, g.images, g.dy_pixels, g.dy_pixels_magic, first_q, g.Q, g.dy_plane,
-              g.K - first_channel, g.K);
+  if constexpr (kRuns) {
+    for (int s = 0; s < kStages; ++s)
+      for (int a = 0; a < kStrideH; ++a)
+        for (int i = thread; i < lead; i += kThreads) of_x[s * stage_size + a * g.x_size + i] = {};
+  } else {
+    find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W, g.x_plane,
+                g.K - first_channel, g.K);
+    find_copies(copied_dy, of_dy, 1, stage_size, g.images, g.dy_pixels, g.dy_pixels_magic, first_q, g.Q, g.dy_plane,
+                g.K - first_channel, g.K);
+  }
   Walk ahead;
   const T *x_source, *dy_source;
   uint32 x_end, dy_end, rows_of_dy;
   const auto find_sources = [&](int p) {
     const int64 image = ahead.first_image;
-    x_source = x + (image * g.H + ahead.row) * g.W * g.K + first_channel;
-    dy_source = dy + (image * g.P + p) * g.Q * g.K + first_channel;
+    x_source = x + ((image * g.H + ahead.row) * g.W + (kRuns ? first_column + missing : 0)) * g.K + first_channel;
+    dy_source = dy + ((image * g.P + p) * g.Q + (kRuns ? first_q : 0)) * g.K + first_channel;
     x_end = ahead.images * g.x_plane;
     dy_end = ahead.images * g.dy_plane;
     rows_of_dy = 0;
@@ -198,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // A turn on its way into a stage.
   const auto copy = [&](int stage) {
     uint32 turn = 0;
+    uint32 phases = 0;
     if (ahead.t < ahead.turns) {
       turn = ahead.images << kImagesBit;
       const T* source = ptx::as_it_is(x_source);
@@ -205,18 +240,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int a = 0; a < kStrideH; ++a) {
         const bool exists = within(ahead.row + a * unit_h, g.H);
         turn |= exists << (kXBit + a);
+        T* const to = of_x + stage + a * g.x_size;
+        if (kRuns && exists) {
+          phases |= copy_run<kXCopies>(to + lead, source, x_run, g.x_size - lead) << kPhaseBits * (a + 1);
+        } else if (!kRuns) {
 #pragma unroll
-        for (int i = 0; i < kXCopies; ++i)
-          if (static_cast<uint32>(copied_x[i]) < (exists ? x_end : 0))
-            ptx::copy_async<kCopy>(of_x + stage + a * x_size + (i * kThreads + thread) * kPiece, source + copied_x[i]);
+          for (int i = 0; i < kXCopies; ++i)
+            if (static_cast<uint32>(copied_x[i]) < (exists ? x_end : 0))
+              ptx::copy_async<kCopy>(to + (i * kThreads + thread) * kPiece, source + copied_x[i]);
+        }
         source += g.x_line;
       }
       source = ptx::as_it_is(dy_source);
       const bool exists = ahead.t < ahead.count;
+      if (kRuns && exists) {
+        phases |= copy_run<kDyCopies>(of_dy + stage, source, dy_run, g.dy_size);
+      } else if (!kRuns) {
 #pragma unroll
-      for (int i = 0; i < kDyCopies; ++i)
-        if (static_cast<uint32>(copied_dy[i]) < (exists ? dy_end : 0))
-          ptx::copy_async<kCopy>(of_dy + stage + (i * kThreads + thread) * kPiece, source + copied_dy[i]);
+        for (int i = 0; i < kDyCopies; ++i)
+          if (static_cast<uint32>(copied_dy[i]) < (exists ? dy_end : 0))
+            ptx::copy_async<kCopy>(of_dy + stage + (i * kThreads + thread) * kPiece, source + copied_dy[i]);
+      }
       rows_of_dy = (rows_of_dy << 1 | exists) & ((1 << kRing) - 1);
       turn |= rows_of_dy;
       ++ahead.t;
@@ -228,7 +272,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         find_sources(enter(ahead, 0));
       }
     }
-    if (thread == 0) *reinterpret_cast<uint32*>(ring + stage) = turn;
+    if (thread == 0) {
+      uint32* const head = reinterpret_cast<uint32*>(ring + stage);
+      head[0] = turn;
+      if (kRuns) head[1] = phases;
+    }
     ptx::copy_async_commit();
   };
 #pragma unroll 1
@@ -250,7 +298,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // rather than made anew.
   int stage = 0;
   int free_stage = (kStages - 1) * stage_size;
-  int own_x = (image * g.x_pixels + own_column) * kChannels + group * kVector;
+  int own_x = lead + (image * g.x_pixels + own_column - missing) * kChannels + group * kVector;
+  // Of runs, the column of the strip's that is the last before the first of x.
+  const int edge = missing - 1 - own_column;
   int own_dy = (image * g.dy_pixels + q - first_q) * kChannels + group * kVector;
   const auto next_turn = [&] {
     ptx::copy_async_wait<kStages - 2>();
@@ -264,11 +314,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int u = 0; u < kRing; ++u) {
         if (u > 0 && turn == 0) return;
         copy(free_stage);
+        const uint32 phases = kRuns ? reinterpret_cast<const uint32*>(ring + stage)[1] : 0;
+        const auto phase = [&](int row) { return static_cast<int>(phases >> kPhaseBits * row & ((1 << kPhaseBits) - 1)); };
         if (columns > 0 && image < static_cast<int>(turn >> kImagesBit)) {
           if (turn & 1) {
 #pragma unroll
             for (int v = 0; v < kColumns; ++v) {
-              load_widened<kVector>(of_dy + own_dy + v * spacing_w * kChannels, true, gradient[u][v]);
+              load_widened<kVector>(of_dy + own_dy + phase(0) + v * spacing_w * kChannels, true, gradient[u][v]);
 #pragma unroll
               for (int e = 0; e < kVector; ++e) bias_sum[e] += gradient[u][v][e];
             }
@@ -282,10 +334,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           for (int a = 0; a < kStrideH; ++a) {
             if (!(turn >> (kXBit + a) & 1)) continue;
             Sum value[kSpan][kVector];
+            const T* const from = of_x + own_x + a * g.x_size + phase(a + 1);
 #pragma unroll
             for (int j = 0; j < kSpan; ++j)
-              if (column_copied(j))
-                load_widened<kVector>(of_x + own_x + a * x_size + (j - kLeft) * unit_w * kChannels, true, value[j]);
+              if (column_copied(j)) load_widened<kVector>(from + (j - kLeft) * unit_w * kChannels, true, value[j]);
+            if (kRuns && within(edge, kSpan)) {
+#pragma unroll
+              for (int j = 0; j < kSpan; ++j)
+#pragma unroll
+                for (int e = 0; e < kVector; ++e)
+                  if (j == edge) value[j][e] = 0;
+            }
 #pragma unroll
             for (int before = 0; before < kRing; ++before) {
               const int r = a + before * kStrideH;

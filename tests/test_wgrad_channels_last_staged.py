@@ -18,9 +18,11 @@ KINDS = pytest.mark.parametrize(
         ((5, 8, 37, 22), (8, 1, 2, 3), {"padding": ((1, 0), (2, 1)), "stride": (2, 2)}, "bfloat16"),
         ((2, 6, 40, 31), (6, 1, 3, 2), {"padding": ((2, 2), (0, 3)), "dilation": (2, 3)}, "float32"),
         ((3, 16, 17, 9), (16, 1, 5, 5), {"padding": ((2, 2), (2, 2))}, "bfloat16"),
+        ((3, 7, 9, 19), (7, 1, 3, 4), {"padding": ((1, 1), (3, 2))}, "float16"),
+        ((2, 6, 11, 17), (6, 1, 3, 3), {"padding": ((1, 0), (1, 2)), "stride": (2, 2)}, "bfloat16"),
         ((3, 16, 7, 8), (16, 1, 7, 5), {"padding": ((3, 3), (2, 2))}, "float32"),
     ],
-    ids=["3x3_small", "channels_apart", "strided", "dilated", "5x5", "7x5"],
+    ids=["3x3_small", "channels_apart", "strided", "dilated", "5x5", "odd", "runs_strided", "7x5"],
 )
 
 
@@ -39,7 +41,8 @@ def each_feature_once(g, tiles):
             ("images", tile.images > 1, g.N % tile.images > 0),
             ("channels", tile.channels < g.K, g.K % tile.channels > 0),
             ("idle", tile.threads > tile.groups * tile.strips * tile.images),
-            ("skip", tile.skip),
+            ("skip", tile.skip, tile.runs),
+            ("columns of runs", tile.columns, tile.strips, tile.runs),
             ("slab", tile.slab_rows < strip_rows, tile.slab_rows % strip_rows > 0, tile.slab_rows < rows),
             ("last slab", rows % tile.slab_rows > 0),
         }

@@ -61,6 +61,7 @@ class Tile:
     stride: Pair
     spacing: Pair
     skip: bool = False
+    runs: bool = False
 
     @property
     def channels(self) -> int:
@@ -85,8 +86,8 @@ def channels_last_staged(g: Conv2dGeometry, dtype: str, bias: bool, target: Targ
     if g.multiplier > 1:
         raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
     size = DTYPES[dtype][1]
-    if _copy(g, size, aligned) < 4:
-        raise Unsuitable(f"copies words of 4 bytes of aligned arrays, and has {g.K} channels of {size} bytes")
+    if not (aligned or size == 4):
+        raise Unsuitable("copies words of 4 bytes, and elements of 2 bytes do not start at a multiple of that")
     choices = list(tiles(g, dtype, bias, target, aligned))
     if not choices:
         raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
@@ -110,7 +111,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
     largest = tile.images * max(g.H * g.W, g.P * g.Q) * g.K
     if largest > MAX_GRID[0] or tile.images * max(x_pixels, dy_pixels) + tile.threads > MAX_DIVIDEND:
         raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
-    whole = _whole(g, tile.columns)
+    x_size, dy_size = _sizes(g, tile, size)
+    whole = _whole(g, tile)
     sums = Plan(
         source="depthwise_wgrad_channels_last_staged",
         defines=(
@@ -126,11 +128,12 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("COLUMNS", tile.columns),
             ("STAGES", tile.stages),
             ("COPY", tile.copy),
-            ("X_COPIES", _copies(tile, x_pixels, size)),
-            ("DY_COPIES", _copies(tile, dy_pixels, size)),
+            ("X_COPIES", _copies(tile, x_size, size)),
+            ("DY_COPIES", _copies(tile, dy_size, size)),
             ("STRIDE_H", tile.stride[0]),
             ("STRIDE_W", tile.stride[1]),
             ("SKIP", int(tile.skip)),
+            ("RUNS", int(tile.runs)),
             ("DILATED", int(g.dilation != (1, 1))),
             ("WIDTH", g.W if whole else 0),
             ("LEFT", g.padding[1][0] if whole else 0),
@@ -149,6 +152,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("column_blocks", column_blocks),
             ("x_pixels", x_pixels),
             ("dy_pixels", dy_pixels),
+            ("x_size", x_size),
+            ("dy_size", dy_size),
             ("x_plane", g.H * g.W * g.K),
             ("dy_plane", g.P * g.Q * g.K),
             ("x_line", g.dilation[0] * g.W * g.K),
@@ -180,11 +185,10 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
     vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
     columns_choices = [n for n in _COLUMNS if n == 1 or (stride[1] <= _MAX_STRIDE and (n - 1) * spacing[1] < g.Q)]
-    if g.Q not in columns_choices and _whole(g, g.Q):
+    if g.Q not in columns_choices and _narrow(g):
         columns_choices.append(g.Q)
-    channel_choices = _channel_choices(g.K, copy // size)
+    piece = copy // size
     for columns, vector in product(columns_choices, vectors):
-        across = spacing[1] if columns > 1 else 1
         thread = Tile(
             vector=vector,
             groups=1,
@@ -196,35 +200,42 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
             slab_rows=1,
             copy=copy,
             stride=(stride[0], stride[1] if columns > 1 else 1),
-            spacing=(spacing[0], across),
+            spacing=(spacing[0], spacing[1] if columns > 1 else 1),
         )
         registers = _registers(g, thread)
         products = g.R * g.S * columns * vector * _ring(g, thread)
         if (columns, vector) != (1, 1) and (registers > _MAX_REGISTERS or products > _MAX_PRODUCTS):
             continue
-        column_items = _column_items(g, thread)
-        # Strips of whole rows, or of even parts of them.
-        strips_choices = {column_items} if dilated else {-(-column_items // n) for n in range(1, 17)} & {*_STRIPS, column_items}
-        for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
-            if channels % vector or (images > 1 and (strips < column_items or images > g.N)):
+        shapes = [] if copy < 4 else list(_shapes(g, thread, _channel_choices(g.K, piece)))
+        if copy < VECTOR_BYTES and aligned and not dilated and g.K // vector <= _MAX_THREADS:
+            shapes += _shapes(g, replace(thread, copy=VECTOR_BYTES, runs=True), [g.K])
+        for shape, skip, stages in product(shapes, (False, True), _STAGES):
+            tile = replace(shape, stages=stages, skip=skip)
+            shared = _shared_bytes(g, dtype, bias, tile)
+            if shared > target.shared_per_block - SHARED_RESERVE:
                 continue
-            shape = replace(thread, groups=channels // vector, strips=strips, images=images)
-            if shape.threads > _MAX_THREADS or (shape.threads < 64 and channels < channel_choices[-1]):
-                continue
-            for stages in _STAGES:
-                tile = replace(shape, stages=stages)
-                shared = _shared_bytes(g, dtype, bias, tile)
-                if shared > target.shared_per_block - SHARED_RESERVE:
-                    break
-                blocks = min(
-                    target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
-                    # Registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
-                    4 * (512 // registers) // (tile.threads // 32),
-                    2048 // tile.threads,
-                )
-                if blocks >= 1:
-                    for skip in (False, True):
-                        yield from _slabs(g, target, replace(tile, blocks=blocks, skip=skip))
+            blocks = min(
+                target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
+                # Registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
+                4 * (512 // registers) // (tile.threads // 32),
+                2048 // tile.threads,
+            )
+            if blocks >= 1:
+                yield from _slabs(g, target, replace(tile, blocks=blocks))
+
+
+def _shapes(g: Conv2dGeometry, thread: Tile, channel_choices: list[int]) -> Iterator[Tile]:
+    """The blocks of such threads."""
+    column_items = _column_items(g, thread)
+    # Strips of whole rows, or of even parts of them.
+    parts = {-(-column_items // n) for n in range(1, 17)} & {*_STRIPS, column_items}
+    strips_choices = [column_items] if g.dilation != (1, 1) else sorted(parts)
+    for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
+        if channels % thread.vector or (images > 1 and (strips < column_items or images > g.N or thread.runs)):
+            continue
+        shape = replace(thread, groups=channels // thread.vector, strips=strips, images=images)
+        if shape.threads <= _MAX_THREADS and (shape.threads >= 64 or channels == channel_choices[-1]):
+            yield shape
 
 
 def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> Iterator[Tile]:
@@ -241,9 +252,13 @@ def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> Iterator[Tile]:
         yield replace(tile, slab_rows=slab_rows)
 
 
-def _whole(g: Conv2dGeometry, columns: int) -> bool:
-    """Whether a strip of so many columns is as wide as dy, and x is narrow enough to be known at compile time."""
-    return columns == g.Q and g.dilation == (1, 1) and g.W <= _MAX_WIDTH * g.stride[1] and g.Q <= _MAX_WIDTH
+def _whole(g: Conv2dGeometry, tile: Tile) -> bool:
+    """Whether a strip is as wide as dy, and x narrow enough for its width to be known at compile time."""
+    return tile.columns == g.Q and _narrow(g) and not tile.runs
+
+
+def _narrow(g: Conv2dGeometry) -> bool:
+    return g.dilation == (1, 1) and g.W <= _MAX_WIDTH * g.stride[1] and g.Q <= _MAX_WIDTH
 
 
 def _channel_choices(K: int, piece: int) -> list[int]:
@@ -279,27 +294,40 @@ def _pixels(g: Conv2dGeometry, tile: Tile) -> Pair:
     strip = tile.strips - 1
     last = strip + strip // tile.spacing[1] * (tile.columns - 1) * tile.spacing[1]
     of_dy = last + (tile.columns - 1) * tile.spacing[1] + 1
-    if _whole(g, tile.columns):
+    if _whole(g, tile):
         return g.W, of_dy
     return last * g.stride[1] + (_span(g, tile) - 1) * g.dilation[1] + 1, of_dy
 
 
-def _copies(tile: Tile, pixels: int, size: int) -> int:
+def _sizes(g: Conv2dGeometry, tile: Tile, size: int) -> Pair:
+    """Elements of a row of x and of one of dy in shared memory."""
+    x_pixels, dy_pixels = _pixels(g, tile)
+    if not tile.runs:
+        return tile.images * x_pixels * tile.channels, tile.images * dy_pixels * tile.channels
+    # Whole copies, those of zeros before the row too; a row begins anywhere in its first.
+    piece = VECTOR_BYTES // size
+    lead = -(-g.padding[1][0] * g.K // piece)
+    of_x, of_dy = (-(-(pixels * g.K + piece - 1) // piece) for pixels in (x_pixels, dy_pixels))
+    return (lead + of_x) * piece, of_dy * piece
+
+
+def _copies(tile: Tile, elements: int, size: int) -> int:
     """Of a thread and row."""
-    return -(-tile.images * pixels * tile.channels * size // tile.copy // tile.threads)
+    return -(-elements * size // tile.copy // tile.threads)
 
 
 def _registers(g: Conv2dGeometry, tile: Tile) -> int:
     """Registers that a thread is to have."""
-    span = g.W if _whole(g, tile.columns) else _span(g, tile)
+    span = g.W if _whole(g, tile) else _span(g, tile)
     values = g.R * g.S + 1 + _ring(g, tile) * tile.columns + span
     return min(255, -(-(values * tile.vector + 44) // 8) * 8)
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
     """For the ring of turns; in the end for the sums of every thread."""
-    x_pixels, dy_pixels = _pixels(g, tile)
-    turn = tile.images * (tile.stride[0] * x_pixels + dy_pixels) * tile.channels * DTYPES[dtype][1]
+    size = DTYPES[dtype][1]
+    x_size, dy_size = _sizes(g, tile, size)
+    turn = (tile.stride[0] * x_size + dy_size) * size
     sums = (g.R * g.S + bias) * tile.images * tile.strips * tile.channels * sum_bytes(dtype)
     return max(tile.stages * (turn + _HEAD_BYTES), sums)
 
@@ -314,15 +342,15 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     blocks = slabs * side_by_side
     ends = tile.slab_rows / strip_rows + (tile.slab_rows % strip_rows > 0)
     turns = tile.slab_rows + ends * max(0, _ring(g, tile) - 1 - g.padding[0][1] / g.stride[0])
-    x_pixels, dy_pixels = _pixels(g, tile)
-    copies = tile.stride[0] * _copies(tile, x_pixels, size) + _copies(tile, dy_pixels, size)
+    x_size, dy_size = _sizes(g, tile, size)
+    copies = tile.stride[0] * _copies(tile, x_size, size) + _copies(tile, dy_size, size)
     loads = tile.stride[0] * _span(g, tile) + tile.columns
     turn_slots = 30 + 4 * copies + loads * (1 + tile.vector * narrow)
     row_slots = tile.columns * tile.vector * (g.R * g.S + 1)
     entries = g.R * g.S + bias
     fixed = 300 + 60 * ends + 5 * entries * tile.vector
     slots = blocks * tile.threads * (turns * turn_slots + tile.slab_rows * row_slots + fixed) / g.y_size
-    bytes_turn = tile.images * (tile.stride[0] * x_pixels + dy_pixels) * tile.channels * size
+    bytes_turn = (tile.stride[0] * x_size + dy_size) * size
     moved = blocks * turns * bytes_turn / g.y_size + 2 * blocks * entries * tile.channels * sum_bytes(dtype) / g.y_size
     moved = 0.3 * moved + 0.7 * size * (1 + g.x_size / g.y_size)
     most = -(-blocks // target.multiprocessors)
