@@ -118,6 +118,13 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
                  : "memory");
 }
 
+// The first `bytes` of 16 bytes, with zeros behind them.
+__device__ __forceinline__ void copy_async_part(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 // Closes the calling thread's group of such copies.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -175,7 +175,9 @@ def suits(variant, direction, g, dtype):
         takes = nchw and dtype in HALVES and not multiplied and g.stride[1] == 1
         return direction == "wgrad" and takes and whole and narrow
     if direction == "wgrad":
-        few = {"runs": nchw, "channels_last": not nchw}.get(variant, False)
+        words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
+        staged = not nchw and words and not multiplied
+        few = {"runs": nchw, "channels_last": not nchw, "channels_last_staged": staged}.get(variant, False)
         return few if few_taps else variant == "tiles" and nchw and dense
     if variant == "runs":
         axes = zip((g.R, g.S), g.stride, g.dilation, strict=True)

@@ -14,7 +14,13 @@ from cuconv import kernels, plan
 from cuconv.geometry import depthwise_geometry
 
 # Every variant in the layouts that it takes.
-BY_LAYOUT = (("direct", "nchw"), ("direct", "nhwc"), ("runs", "nchw"), ("channels_last", "nhwc"))
+BY_LAYOUT = (
+    ("direct", "nchw"),
+    ("direct", "nhwc"),
+    ("runs", "nchw"),
+    ("channels_last", "nhwc"),
+    ("channels_last_staged", "nhwc"),
+)
 # On tensor cores, for images of whole 16 bytes in 16-bit.
 TENSOR = ("diagonals", "pairs")
 

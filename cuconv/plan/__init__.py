@@ -24,6 +24,7 @@ from . import (
     toeplitz,
     wgrad,
     wgrad_channels_last,
+    wgrad_channels_last_staged,
     wgrad_diagonals,
     wgrad_pairs,
 )
@@ -72,6 +73,7 @@ _WGRAD = {
     "channels_last": wgrad_channels_last.channels_last,
     "diagonals": wgrad_diagonals.diagonals,
     "pairs": wgrad_pairs.pairs,
+    "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }

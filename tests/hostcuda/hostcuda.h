@@ -190,6 +190,14 @@ void copy_async(void* shared, const void* global, int line = __builtin_LINE()) {
   self->copies.push_back({shared, global, kBytes, self->copy_groups});
 }
 
+inline void copy_async_part(void* shared, const void* global, int bytes, int line = __builtin_LINE()) {
+  static const unsigned char zeros[16] = {};
+  if (bytes < 0 || bytes > 16) fail("copy_async_part of %d bytes, in line %d", bytes, line);
+  copy_async<16>(shared, global, line);
+  self->copies.back().bytes = bytes;
+  self->copies.push_back({static_cast<unsigned char*>(shared) + bytes, zeros, uint32(16 - bytes), self->copy_groups});
+}
+
 inline void copy_async_commit() { self->copy_groups++; }
 
 // Carries out, at the last moment, all but the newest kGroups groups.

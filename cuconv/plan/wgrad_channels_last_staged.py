@@ -1,0 +1,365 @@
+"""Gradients of the weights and the bias of channels-last arrays, through shared memory: see
+cuda/depthwise_wgrad_channels_last_staged.cu."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..geometry import Conv2dGeometry, Pair
+from .base import (
+    DTYPES,
+    MAX_DIVIDEND,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    magic,
+    plane_parameters,
+)
+from .channels_last import MAX_TAPS
+from .wgrad import WgradPlan, sum_bytes, with_reduce
+
+_COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2, 1)
+# Of narrow outputs a strip may be as wide as they are: which columns are padding is then known at compile time.
+_MAX_WIDTH = 16
+_STAGES = (3, 4, 6, 8)
+_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16)
+_STRIPS = (1, 2, 3, 4, 6, 8, 12, 16)
+_MAX_THREADS = 512
+# Of a thread: beyond, the compiler spills.
+_MAX_REGISTERS = 232
+# Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
+_MAX_PRODUCTS = 2800
+# What a stage of shared memory begins with: kHead of the kernel.
+_HEAD_BYTES = 16
+# At larger strides neighbouring columns share little.
+_MAX_STRIDE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A thread takes strips of `columns` columns of dy of `vector` channels; a block `groups` vectors of channels of
+    `strips` strips of each of `images` images, `stages` turns in shared memory, and of all their rows `slab_rows`.
+
+    The rows of a strip are spacing[0] apart, and as a convolution of their own have stride[0]; columns likewise.
+    """
+
+    vector: int
+    groups: int
+    columns: int
+    strips: int
+    images: int
+    stages: int
+    blocks: int
+    slab_rows: int
+    copy: int
+    stride: Pair
+    spacing: Pair
+    skip: bool = False
+    runs: bool = False
+
+    @property
+    def channels(self) -> int:
+        return self.vector * self.groups
+
+    @property
+    def threads(self) -> int:
+        """Of a block: whole warps."""
+        return -(-self.groups * self.strips * self.images // 32) * 32
+
+
+def channels_last_staged(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
+    """Every element of dy is read once, and of x but for the columns that neighbouring blocks share."""
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if target.architecture < 80:
+        raise Unsuitable(f"needs compute capability 8.0, and the device has {target.architecture / 10}")
+    if dtype == "float64":
+        raise Unsuitable("takes no float64")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    if g.multiplier > 1:
+        raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
+    size = DTYPES[dtype][1]
+    if not (aligned or size == 4):
+        raise Unsuitable("copies words of 4 bytes, and elements of 2 bytes do not start at a multiple of that")
+    choices = list(tiles(g, dtype, bias, target, aligned))
+    if not choices:
+        raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
+    return tile_plan(g, dtype, bias, min(choices, key=lambda tile: _cost(g, dtype, bias, target, tile)))
+
+
+def _copy(g: Conv2dGeometry, size: int, aligned: bool) -> int:
+    return math.gcd(g.K * size, VECTOR_BYTES) if aligned else size
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPlan:
+    """The plan of one choice of tiles()."""
+    size = DTYPES[dtype][1]
+    column_blocks = -(-_column_items(g, tile) // tile.strips)
+    strip_rows, rows = _rows(g, tile)
+    slabs = -(-rows // tile.slab_rows)
+    grid = (-(-g.K // tile.channels) * column_blocks, slabs, 1)
+    if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)) or rows > MAX_GRID[0]:
+        raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
+    x_pixels, dy_pixels = _pixels(g, tile)
+    largest = tile.images * max(g.H * g.W, g.P * g.Q) * g.K
+    if largest > MAX_GRID[0] or tile.images * max(x_pixels, dy_pixels) + tile.threads > MAX_DIVIDEND:
+        raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
+    x_size, dy_size = _sizes(g, tile, size)
+    whole = _whole(g, tile)
+    sums = Plan(
+        source="depthwise_wgrad_channels_last_staged",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("BIAS", int(bias)),
+            ("FINAL", int(slabs * column_blocks == 1)),
+            ("THREADS", tile.threads),
+            ("BLOCKS", tile.blocks),
+            ("VECTOR", tile.vector),
+            ("GROUPS", tile.groups),
+            ("COLUMNS", tile.columns),
+            ("STAGES", tile.stages),
+            ("COPY", tile.copy),
+            ("X_COPIES", _copies(tile, x_size, size)),
+            ("DY_COPIES", _copies(tile, dy_size, size)),
+            ("STRIDE_H", tile.stride[0]),
+            ("STRIDE_W", tile.stride[1]),
+            ("SKIP", int(tile.skip)),
+            ("RUNS", int(tile.runs)),
+            ("DILATED", int(g.dilation != (1, 1))),
+            ("WIDTH", g.W if whole else 0),
+            ("LEFT", g.padding[1][0] if whole else 0),
+        ),
+        grid=grid,
+        block=tile.threads,
+        shared_bytes=_shared_bytes(g, dtype, bias, tile),
+        parameters=(
+            ("N", g.N),
+            ("K", g.K),
+            *plane_parameters(g),
+            ("spacing_h", tile.spacing[0]),
+            ("spacing_w", tile.spacing[1]),
+            ("strips", tile.strips),
+            ("images", tile.images),
+            ("column_blocks", column_blocks),
+            ("x_pixels", x_pixels),
+            ("dy_pixels", dy_pixels),
+            ("x_size", x_size),
+            ("dy_size", dy_size),
+            ("x_plane", g.H * g.W * g.K),
+            ("dy_plane", g.P * g.Q * g.K),
+            ("x_line", g.dilation[0] * g.W * g.K),
+            ("x_down", tile.spacing[0] * g.stride[0] * g.W * g.K),
+            ("dy_down", tile.spacing[0] * g.Q * g.K),
+            ("down", tile.spacing[0] * g.stride[0]),
+            ("strip_rows", strip_rows),
+            ("rows", rows),
+            ("slab_rows", tile.slab_rows),
+            ("strips_magic", magic(tile.strips)),
+            ("x_pixels_magic", magic(x_pixels)),
+            ("dy_pixels_magic", magic(dy_pixels)),
+        ),
+    )
+    slabs *= column_blocks
+    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+
+
+def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold."""
+    size = DTYPES[dtype][1]
+    copy = _copy(g, size, aligned)
+    # Rows this far apart read rows that are whole dilations apart, so that they can share them.
+    common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
+    spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
+    # Of a longer stride, no more rows than the kernel has meet dy.
+    stride = (min(g.stride[0] // common[0], g.R), g.stride[1] // common[1])
+    dilated = g.dilation != (1, 1)
+    widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
+    vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
+    columns_choices = [n for n in _COLUMNS if n == 1 or (stride[1] <= _MAX_STRIDE and (n - 1) * spacing[1] < g.Q)]
+    if g.Q not in columns_choices and _narrow(g):
+        columns_choices.append(g.Q)
+    piece = copy // size
+    for columns, vector in product(columns_choices, vectors):
+        thread = Tile(
+            vector=vector,
+            groups=1,
+            columns=columns,
+            strips=1,
+            images=1,
+            stages=2,
+            blocks=1,
+            slab_rows=1,
+            copy=copy,
+            stride=(stride[0], stride[1] if columns > 1 else 1),
+            spacing=(spacing[0], spacing[1] if columns > 1 else 1),
+        )
+        registers = _registers(g, thread)
+        products = g.R * g.S * columns * vector * _ring(g, thread)
+        if (columns, vector) != (1, 1) and (registers > _MAX_REGISTERS or products > _MAX_PRODUCTS):
+            continue
+        shapes = [] if copy < 4 else list(_shapes(g, thread, _channel_choices(g.K, piece)))
+        if copy < VECTOR_BYTES and aligned and not dilated and g.K // vector <= _MAX_THREADS:
+            shapes += _shapes(g, replace(thread, copy=VECTOR_BYTES, runs=True), [g.K])
+        for shape, skip, stages in product(shapes, (False, True), _STAGES):
+            tile = replace(shape, stages=stages, skip=skip)
+            shared = _shared_bytes(g, dtype, bias, tile)
+            if shared > target.shared_per_block - SHARED_RESERVE:
+                continue
+            blocks = min(
+                target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
+                # Registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
+                4 * (512 // registers) // (tile.threads // 32),
+                2048 // tile.threads,
+            )
+            if blocks >= 1:
+                yield from _slabs(g, target, replace(tile, blocks=blocks))
+
+
+def _shapes(g: Conv2dGeometry, thread: Tile, channel_choices: list[int]) -> Iterator[Tile]:
+    """The blocks of such threads."""
+    column_items = _column_items(g, thread)
+    # Strips of whole rows, or of even parts of them.
+    parts = {-(-column_items // n) for n in range(1, 17)} & {*_STRIPS, column_items}
+    strips_choices = [column_items] if g.dilation != (1, 1) else sorted(parts)
+    for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
+        if channels % thread.vector or (images > 1 and (strips < column_items or images > g.N or thread.runs)):
+            continue
+        shape = replace(thread, groups=channels // thread.vector, strips=strips, images=images)
+        if shape.threads <= _MAX_THREADS and (shape.threads >= 64 or channels == channel_choices[-1]):
+            yield shape
+
+
+def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> Iterator[Tile]:
+    """The tile with as many slabs as fill the device once, twice and by half, and with one; the slabs of any rows, and of
+    whole strips."""
+    strip_rows, rows = _rows(g, tile)
+    side_by_side = -(-g.K // tile.channels) * -(-_column_items(g, tile) // tile.strips)
+    choices = [rows]
+    for part in (2.0, 1.0, 0.5):
+        slabs = max(1, min(MAX_GRID[1], int(target.multiprocessors * tile.blocks * part) // side_by_side))
+        slab_rows = -(-rows // slabs)
+        choices += [slab_rows, -(-slab_rows // strip_rows) * strip_rows]
+    for slab_rows in dict.fromkeys(choices):
+        yield replace(tile, slab_rows=slab_rows)
+
+
+def _whole(g: Conv2dGeometry, tile: Tile) -> bool:
+    """Whether a strip is as wide as dy, and x narrow enough for its width to be known at compile time."""
+    return tile.columns == g.Q and _narrow(g) and not tile.runs
+
+
+def _narrow(g: Conv2dGeometry) -> bool:
+    return g.dilation == (1, 1) and g.W <= _MAX_WIDTH * g.stride[1] and g.Q <= _MAX_WIDTH
+
+
+def _channel_choices(K: int, piece: int) -> list[int]:
+    """Channels of a block: divisors of K, or what leaves few threads idle."""
+    whole = [n for n in range(piece, min(K, 256) + 1, piece) if K % n == 0 and n >= 16]
+    some = [n for n in (32, 64, 128) if n < K and n % piece == 0]
+    return sorted({*whole, *some}) or [-(-K // piece) * piece]
+
+
+def _column_items(g: Conv2dGeometry, tile: Tile) -> int:
+    """Strips of an image side by side, one for each of `spacing` beginnings."""
+    return -(-g.Q // (tile.columns * tile.spacing[1])) * tile.spacing[1]
+
+
+def _rows(g: Conv2dGeometry, tile: Tile) -> Pair:
+    """Rows of a strip, and of all strips that a block's threads go down together, one after the other."""
+    strip_rows = -(-g.P // tile.spacing[0])
+    return strip_rows, -(-g.N // tile.images) * tile.spacing[0] * strip_rows
+
+
+def _ring(g: Conv2dGeometry, tile: Tile) -> int:
+    """kRing: rows of dy that one row of x meets."""
+    return -(-g.R // tile.stride[0])
+
+
+def _span(g: Conv2dGeometry, tile: Tile) -> int:
+    """kSpan: columns of x that a strip needs."""
+    return (tile.columns - 1) * tile.stride[1] + g.S
+
+
+def _pixels(g: Conv2dGeometry, tile: Tile) -> Pair:
+    """Columns of x and of dy from the first that a block's strips need to the last."""
+    strip = tile.strips - 1
+    last = strip + strip // tile.spacing[1] * (tile.columns - 1) * tile.spacing[1]
+    of_dy = last + (tile.columns - 1) * tile.spacing[1] + 1
+    if _whole(g, tile):
+        return g.W, of_dy
+    return last * g.stride[1] + (_span(g, tile) - 1) * g.dilation[1] + 1, of_dy
+
+
+def _sizes(g: Conv2dGeometry, tile: Tile, size: int) -> Pair:
+    """Elements of a row of x and of one of dy in shared memory."""
+    x_pixels, dy_pixels = _pixels(g, tile)
+    if not tile.runs:
+        return tile.images * x_pixels * tile.channels, tile.images * dy_pixels * tile.channels
+    # Whole copies, those of zeros before the row too; a row begins anywhere in its first.
+    piece = VECTOR_BYTES // size
+    lead = -(-g.padding[1][0] * g.K // piece)
+    of_x, of_dy = (-(-(pixels * g.K + piece - 1) // piece) for pixels in (x_pixels, dy_pixels))
+    return (lead + of_x) * piece, of_dy * piece
+
+
+def _copies(tile: Tile, elements: int, size: int) -> int:
+    """Of a thread and row."""
+    return -(-elements * size // tile.copy // tile.threads)
+
+
+def _registers(g: Conv2dGeometry, tile: Tile) -> int:
+    """Registers that a thread is to have."""
+    span = g.W if _whole(g, tile) else _span(g, tile)
+    values = g.R * g.S + 1 + _ring(g, tile) * tile.columns + span
+    return min(255, -(-(values * tile.vector + 44) // 8) * 8)
+
+
+def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
+    """For the ring of turns; in the end for the sums of every thread."""
+    size = DTYPES[dtype][1]
+    x_size, dy_size = _sizes(g, tile, size)
+    turn = (tile.stride[0] * x_size + dy_size) * size
+    sums = (g.R * g.S + bias) * tile.images * tile.strips * tile.channels * sum_bytes(dtype)
+    return max(tile.stages * (turn + _HEAD_BYTES), sums)
+
+
+def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:
+    """What ranks tiles: issue slots an element of dy, and what else takes time in the same unit."""
+    size = DTYPES[dtype][1]
+    narrow = size == 2
+    strip_rows, rows = _rows(g, tile)
+    slabs = -(-rows // tile.slab_rows)
+    side_by_side = -(-g.K // tile.channels) * -(-_column_items(g, tile) // tile.strips)
+    blocks = slabs * side_by_side
+    ends = tile.slab_rows / strip_rows + (tile.slab_rows % strip_rows > 0)
+    turns = tile.slab_rows + ends * max(0, _ring(g, tile) - 1 - g.padding[0][1] / g.stride[0])
+    x_size, dy_size = _sizes(g, tile, size)
+    copies = tile.stride[0] * _copies(tile, x_size, size) + _copies(tile, dy_size, size)
+    loads = tile.stride[0] * _span(g, tile) + tile.columns
+    turn_slots = 30 + 4 * copies + loads * (1 + tile.vector * narrow)
+    row_slots = tile.columns * tile.vector * (g.R * g.S + 1)
+    entries = g.R * g.S + bias
+    fixed = 300 + 60 * ends + 5 * entries * tile.vector
+    slots = blocks * tile.threads * (turns * turn_slots + tile.slab_rows * row_slots + fixed) / g.y_size
+    bytes_turn = (tile.stride[0] * x_size + dy_size) * size
+    moved = blocks * turns * bytes_turn / g.y_size + 2 * blocks * entries * tile.channels * sum_bytes(dtype) / g.y_size
+    moved = 0.3 * moved + 0.7 * size * (1 + g.x_size / g.y_size)
+    most = -(-blocks // target.multiprocessors)
+    most = most if most <= tile.blocks else -(-most // tile.blocks) * tile.blocks
+    waves = most * target.multiprocessors / blocks
+    warps = min(tile.blocks, most) * tile.threads / 32
+    flight = min(tile.blocks, most) * (tile.stages - 1) * bytes_turn
+    busy = 1 - math.exp(-0.2 * warps)
+    issue = slots / busy
+    memory = 7 * moved * (1 + 6_000 / flight)
+    launch = 0.0 if slabs == 1 else 9500 * 128 * target.multiprocessors / g.y_size
+    return (max(issue, memory) + 0.3 * min(issue, memory)) * (1 + 0.8 * (waves - 1)) + launch
