@@ -78,7 +78,7 @@ struct RowOf<true> {
 using Row = RowOf<kPaired>::type;
 
 static_assert(!kMultiplied || !kSummed, "channels multiply one way");
-static_assert(kStages == 1 || kStages == 2, "the parity of a barrier is counted for these");
+static_assert(kStages == 1 || kStages == 2, "one image, or several with two under way");
 static_assert(!kDilated || (kVector == 1 && kOutVector == 1 && kWidth == 0), "dilated columns are no vectors");
 static_assert(kFirstH < kSpreadH && kFirstW < kSpreadW && kSpanH > 0 && kSpanW > 0, "a patch meets some of x");
 static_assert((kSpreadH == 1 || kStrideH == 1) && (kSpreadW == 1 || kStrideW == 1), "an axis has one of the two");
@@ -106,6 +106,7 @@ struct Parameters {
   int block_images;                // images that a block works on in turn
   int addend;                      // shared elements from one input plane to the next of those that are summed
   int input_bytes, output_bytes;   // shared bytes of one image's runs
+  int64 total_x;                   // elements of x
 };
 
 // The input plane, or the first of them, of an output plane.
@@ -214,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __shared__ uint64 full[kStages];
   const int thread = static_cast<int>(threadIdx.x);
   const int first_image = static_cast<int>(blockIdx.z) * g.block_images;
-  const int images = min(g.block_images, g.images - first_image);
+  const int images = kStages == 1 ? 1 : min(g.block_images, g.images - first_image);
 
   // The output rows [p0, p0 + rows) of planes [k0, k0 + planes) of every image need the input rows [low, high) of
   // planes from c0 on, where they exist.
@@ -247,8 +248,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     T* const copy = run_in_shared(start, inputs + turn % kStages * g.input_bytes);
     const int count = static_cast<int>(others * input_plane) + (high - low) * g.W;
     if (runs == 1) {
-      const T* const end = x + (g.images - 1) * input_image + input_plane_of(g.last_image_planes, g) * input_plane;
-      load_run(Run<const T>(start, count, copy, x, end), &full[turn % kStages], thread);
+      load_run(Run<const T>(start, count, copy, x, x + g.total_x), &full[turn % kStages], thread);
       return;
     }
     for (int m = 0; m < runs; ++m)

@@ -499,6 +499,9 @@ def test_the_number_of_variants_is_bounded(make):
     # A number of columns, and with it the padding and W, comes from the shape where a patch spans a narrow row.
     assert choices.pop("COLUMNS") <= spreads * len(runs._COLUMNS) + runs._MAX_WIDTH
     assert choices.pop("WIDTH") <= 2 * runs._MAX_WIDTH + 1
+    # H and the padding above, where a patch spans a low plane.
+    assert choices.pop("HEIGHT") <= 2 * max(runs._ROWS) + 1
+    assert choices.pop("TOP") <= 10
     assert choices.pop("THREADS") <= len(runs._THREADS)
     assert choices.pop("VECTOR") <= 3
     assert choices.pop("OUT_VECTOR") <= 3

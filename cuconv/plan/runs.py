@@ -248,6 +248,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("addend", tile.addend if _summed(g) > 1 else 0),
             ("input_bytes", tile.input_bytes),
             ("output_bytes", tile.output_bytes),
+            ("total_x", g.x_size),
         ),
     )
 
@@ -318,6 +319,8 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
         values = (rows * columns + g.R * g.S + span) * words
         if values > _MAX_VALUES:
             continue
+        # Of a spread x, sums are done with sooner.
+        live = values - rows * columns * words * (1 - 1 / (by_h * by_w))
         loaded_rows = min(span_rows, g.H) if whole_columns else span_rows
         # Of one row: loads, what they are where they fall outside, conversions, the bounds.
         if paired:
@@ -355,7 +358,7 @@ def patches(g: Conv2dGeometry, dtype: str, aligned: bool, spread: Spread = _NO_S
             paired=paired,
             slots=slots,
             passes=(load_passes + store_passes) / (rows * columns),
-            registers=min(255, int(1.7 * values) + 49),
+            registers=min(255, 8 * math.ceil((16 + 1.08 * live) / 8)),
         )
 
 
@@ -470,25 +473,26 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:
     idle = -(-items // tile.threads) * tile.threads * patch.rows * patch.columns / outputs
     idle = idle * (row_groups * tile.block_rows / g.P)
     # A thread's work for every image, and for the weights, which it fetches once.
-    fixed = (57 + 2.6 * g.R * g.S / tile.block_images) * tile.threads / outputs
+    fixed = (25 + 18 * g.R * g.S / tile.block_images) * tile.threads / outputs
     by, first = patch.spread.by[0], patch.spread.first[0]
     needed = _met((tile.block_rows - 1) * g.stride[0] + (g.R - 1) * g.dilation[0] + 1, by, first)
     halo = np.where(row_groups == 1, 1.0, needed * by / (tile.block_rows * g.stride[0]))
     moved = (halo * g.x_size / g.y_size + 1) * size
     # Every scheduler has so many warps to choose from: few of them leave it waiting.
-    registers = np.clip(49 + 0.63 * (patch.registers - 49), 32.0, 255.0)
     by_shared = target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE)
-    by_registers = 65536 // (registers * tile.threads)
+    by_registers = 65536 // (np.maximum(32, patch.registers) * tile.threads)
     resident = np.maximum(1, np.minimum(by_shared, np.minimum(2048 // tile.threads, by_registers)))
     image_planes, images = _images(g, tile.block_planes)
     blocks = -(-images // tile.block_images) * -(-image_planes // tile.block_planes) * row_groups
     filled = blocks / target.multiprocessors
     active = np.minimum(resident, filled)
-    busy = 1 - np.exp(-0.34 * active * tile.threads / 128)
-    issue = (patch.slots * idle + 0.6 * patch.passes * idle + fixed) / 128 + 0.17 / 32 * patch.passes * idle
+    busy = 1 - np.exp(-0.416 * active * tile.threads / 128)
+    issue = ((patch.slots + 0.23 * patch.passes) * idle + fixed) / 128 / busy
     # Loads and stores on the way; with one image after the other a block begins and ends but once.
-    latency = (np.where(tile.stages == 1, 14.5, 116) + 3 / tile.block_images) / (active * outputs)
+    latency = (np.where(tile.stages == 1, 0, 118) + 53 / tile.block_images) / (active * outputs)
     # Some multiprocessors have a block more than others.
     rounds = np.where(filled < resident, np.ceil(filled), np.ceil(filled / resident) * resident)
     uneven = rounds / filled
-    return (issue / busy + 0.025 / 18 * moved + latency) * (1 + 0.03 * (uneven - 1))
+    # Arithmetic and memory overlap, but not altogether.
+    both = (issue**1.225 + (0.32 / 18 * moved) ** 1.225) ** (1 / 1.225)
+    return (both + latency) * (1 + 0.65 * (uneven - 1))
