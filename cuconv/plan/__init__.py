@@ -39,16 +39,16 @@ __all__ = [
 # Of every pass its variants, the preferred one first: the first that suits is taken.
 _FORWARD = {
     "runs": runs.forward,
-    "channels_last": channels_last.forward,
     "channels_last_staged": channels_last_staged.forward,
+    "channels_last": channels_last.forward,
     "toeplitz": toeplitz.forward,
     "tiles": tiles.forward,
     "direct": direct.forward,
 }
 _DGRAD = {
     "runs": runs.dgrad,
-    "channels_last": channels_last.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
+    "channels_last": channels_last.dgrad,
     "toeplitz": toeplitz.dgrad,
     "tiles": tiles.dgrad,
     "direct": direct.dgrad,
