@@ -51,11 +51,10 @@ constexpr int kTaps = kR * kS;
 constexpr int kChannels = kGroups * kVector;
 // Columns of x that a strip needs, in units of the dilation.
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
-// Rows of outputs that one row of x meets, and after how many rows of x the ring of their sums comes around.
-constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
-constexpr int kPeriod = kRing * kStrideH;
-// A row that meets few rows of outputs meets all of them sooner than it finds out which are the block's.
-constexpr bool kSkip = kR > 3;
+// Rows of outputs on the way: place k is of the one whose next kernel row is k * kStrideH or one of those behind it.
+constexpr int kPlaces = (kR + kStrideH - 1) / kStrideH;
+// At stride 1 sums move on to the next place at every row of x, in the first multiplication.
+constexpr bool kMoving = kStrideH == 1;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
 constexpr int kPieces = kChannels / kPiece;
 
@@ -81,12 +80,6 @@ struct Parameters {
   uint32 strips_magic, pixels_magic;  // see divide
 };
 
-// The place in the ring of the row that row i of a block's input meets through kernel row r, or -1 where there is none.
-__device__ __forceinline__ constexpr int row_met(int i, int r) {
-  const int first = (i - r + kPeriod * kR) % kPeriod;
-  return first % kStrideH == 0 ? first / kStrideH : -1;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     depthwise_channels_last_staged(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                                    T* __restrict__ y, const __grid_constant__ Parameters g) {
@@ -107,7 +100,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   if (p >= g.P) return;
   const int last = (min(p + g.rows * spacing_h, g.P) - 1 - p) / spacing_h;
   const int inputs = last * kStrideH + kR;
-  const int row = p * g.stride_h - g.top;
+  const int first_row = p * g.stride_h - g.top;
+  // Of them those before x and behind it, which the block passes over at stride 1.
+  const int before = kMoving ? min(inputs, max(0, (unit_h - 1 - first_row) / unit_h)) : 0;
+  const int row = first_row + before * unit_h;
+  const int rows_of_x = kMoving ? max(0, min(inputs - before, (g.H - row + unit_h - 1) / unit_h)) : inputs;
   const int first_column = kWidth ? 0 : (kDilated ? 0 : column_block * g.strips * kColumns * g.stride_w) - g.left;
 
   // What the thread copies of every row: where it is in x, from the first column of the first image on, or -1.
@@ -131,12 +128,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 
   // A row of x on its way into the ring's stage at `to`, where the thread's pieces begin.
-  const int row_end = min(g.H, row + inputs * unit_h);
+  const int row_end = min(g.H, row + rows_of_x * unit_h);
   const int line = unit_h * g.W * g.K;
-  const int64 next_images = static_cast<int64>(g.images) * g.H * g.W * g.K - static_cast<int64>(inputs) * line;
+  const int64 next_images = static_cast<int64>(g.images) * g.H * g.W * g.K - static_cast<int64>(rows_of_x) * line;
   const T* source = x + (static_cast<int64>(first_image) * g.H + row) * g.W * g.K;
   int copied_row = row;
-  int left_to_copy = inputs;
+  int left_to_copy = rows_of_x;
   int turns_to_copy = turns;
   const auto copy = [&](T* to) {
     if (within(copied_row, row_end)) {
@@ -150,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     copied_row += unit_h;
     if (kTurns && --left_to_copy == 0) {
       source += next_images;
-      left_to_copy = inputs;
+      left_to_copy = rows_of_x;
       copied_row = --turns_to_copy > 0 ? row : row_end;
     }
   };
@@ -193,31 +190,45 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
   for (int e = 0; e < kVector; ++e) start[e] = bias == nullptr || columns == 0 ? Sum(0) : widen(bias[k + e]);
 
-  Sum sum[kRing][kColumns][kVector] = {};
   T* const first_result = y + ((static_cast<int64>(first_image + image) * g.P + p) * g.Q + q) * g.K + k;
   T* result = first_result;
   // The stage that is read, and the one before, which is free for the next row.
   int stage = 0;
   int free_stage = (kStages - 1) * stage_size;
 
-  const auto restart = [&](int place) {
-#pragma unroll
-    for (int v = 0; v < kColumns; ++v)
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) sum[place][v][e] = start[e];
-  };
   const auto go = [&] {
+    Sum sum[kPlaces][kColumns][kVector];
+    const auto begin = [&](int place, bool before) {
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) sum[place][v][e] = before ? sum[max(place - 1, 0)][v][e] : start[e];
+    };
+    const auto move_on = [&] {
+#pragma unroll
+      for (int place = kPlaces - 1; place >= 0; --place) begin(place, place > 0);
+    };
+    const auto store = [&] {
+      result = ptx::as_it_is(result);
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v)
+        if ((kExact ? 0 : v * spacing_w) < columns)
+          store_narrowed<kVector>(result + v * spacing_w * g.K, sum[kPlaces - 1][v]);
+      result += spacing_h * g.Q * g.K;
+    };
+#pragma unroll
+    for (int place = 0; place < kPlaces; ++place) begin(place, false);
+    // Row t of outputs begins, or would, in place 0; that of place k is t - k.
+    int t = 0;
+    for (; t < before; ++t)
+      if (t >= kPlaces - 1) store();
+    const int end = kMoving ? before + rows_of_x : last + kPlaces;
     int own_row = row;
-    // Outputs that begin in the padding; all others do so at a row of x.
-    if (row < 0) {
+    for (; t < end; ++t) {
 #pragma unroll
-      for (int place = 0; place < kRing; ++place) restart(place);
-    }
-    for (int left = inputs; left > 0; left -= kPeriod) {
-      const bool begun = left < inputs;
-#pragma unroll
-      for (int u = 0; u < kPeriod; ++u) {
-        if (u > 0 && left <= u) return;
+      for (int phase = 0; phase < kStrideH; ++phase) {
+        constexpr int kLastPhase = (kR - 1) % kStrideH;
+        if (phase > kLastPhase && t == end - 1) return;
         ptx::copy_async_wait<kStages - 2>();
         if (kThreads == 32) {
           __syncwarp();
@@ -225,17 +236,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           __syncthreads();
         }
         copy(own_pieces + free_stage);
-        if (within(own_row, g.H)) {
+        if (kMoving || within(own_row, g.H)) {
           Sum value[kSpan][kVector];
 #pragma unroll
           for (int j = 0; j < kSpan; ++j)
             if (column_copied(j)) load_widened<kVector>(window + stage + (j - kLeft) * unit, true, value[j]);
 #pragma unroll
-          for (int r = 0; r < kR; ++r) {
-            const int place = row_met(u, r);
-            if (place < 0) continue;
-            if (kSkip && !((u >= r || begun) && left >= kR + u - r)) continue;
-            if (r == 0) restart(place);
+          for (int place = kPlaces - 1; place >= 0; --place) {
+            const int r = place * kStrideH + phase;
+            if (r >= kR) continue;
+            if (kMoving) begin(place, place > 0);
 #pragma unroll
             for (int s = 0; s < kS; ++s)
 #pragma unroll
@@ -248,19 +258,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
               }
           }
         }
-        const int done = row_met(u, kR - 1);
-        if (done >= 0 && (u >= kR - 1 || begun)) {
-          result = ptx::as_it_is(result);
-#pragma unroll
-          for (int v = 0; v < kColumns; ++v)
-            if ((kExact ? 0 : v * spacing_w) < columns)
-              store_narrowed<kVector>(result + v * spacing_w * g.K, sum[done][v]);
-          result += spacing_h * g.Q * g.K;
-        }
+        if (phase == kLastPhase && t >= kPlaces - 1) store();
+        if (!kMoving && phase == kStrideH - 1) move_on();
         own_row += unit_h;
         free_stage = stage;
         stage += stage_size;
         if (stage == kStages * stage_size) stage = 0;
+      }
+    }
+    if (kMoving) {
+      for (; t < inputs; ++t) {
+        move_on();
+        if (t >= kPlaces - 1) store();
       }
     }
   };
@@ -279,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         const T* const weights = staged + (group * kVector + e) * kTaps;
         Sum passed = 0;
         for (int tap = 0; tap < kTaps; ++tap) {
-          const int h = row + t * spacing_h * g.stride_h + tap / kS * unit_h;
+          const int h = first_row + t * spacing_h * g.stride_h + tap / kS * unit_h;
           const int column = (q + v * spacing_w) * g.stride_w - g.left + tap % kS * unit_w;
           if (!within(h, g.H) || !within(column, g.W))
             passed += widen(weights[kTurned ? kTaps - 1 - tap : tap]) * Sum(0);

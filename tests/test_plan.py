@@ -77,10 +77,23 @@ def test_the_default_of_wgrad():
 
 def test_the_default_of_channels_last():
     last = {"channels_last": True}
-    for target, make in product((H200, T4), PASSES):
-        for numbers in ({}, {"padding": 1}, {"stride": 2}, {"dilation": 12, "padding": 12}):
-            g = geometry((16, 64, 112, 112), (64, 1, 3, 3), **numbers, **last)
-            assert make(g, "float32", target).source == "depthwise_channels_last"
+    for numbers in ({}, {"padding": 1}, {"stride": 2}, {"dilation": 12, "padding": 12}):
+        g = geometry((16, 64, 112, 112), (64, 1, 3, 3), **numbers, **last)
+        for target, make, dtype in product((H200, T4), PASSES, plan.DTYPES):
+            strided_dgrad = make is plan.depthwise_dgrad and "stride" in numbers
+            staged = target is H200 and dtype != "float64" and not strided_dgrad
+            assert make(g, dtype, target).source == f"depthwise_channels_last{'_staged' * staged}"
+    # Copies are whole words of 4 bytes, and of unaligned arrays single elements.
+    for channels, dtype, aligned, staged in (
+        (67, "float32", True, True),
+        (67, "bfloat16", True, False),
+        (66, "bfloat16", True, True),
+        (66, "bfloat16", False, False),
+        (66, "float32", False, True),
+    ):
+        g = geometry((16, channels, 40, 50), (channels, 1, 3, 3), **last)
+        source = plan.depthwise_forward(g, dtype, H200, None, aligned).source
+        assert source == f"depthwise_channels_last{'_staged' * staged}"
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15, **last)
     assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
     multiplied = geometry((2, 3, 9, 12), (6, 1, 3, 2), **last)
@@ -447,14 +460,39 @@ def test_the_number_of_channels_last_variants_is_bounded():
             n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
             numbers = {"padding": padding, "stride": stride, "dilation": dilation, "channels_last": True}
             g = geometry((n, c, h + 5, w + 5), (c, 1, 3, 3), **numbers)
-            chosen = make(g, "float32", H200)
-            if chosen.source == "depthwise_channels_last":
-                for name, value in chosen.defines:
-                    seen.setdefault(name, set()).add(value)
+            chosen, _ = plan_or_reason(make, g, "float32", H200, "channels_last")
+            for name, value in chosen.defines if chosen else ():
+                seen.setdefault(name, set()).add(value)
     assert seen["COLUMNS"] <= set(channels_last._COLUMNS)
     assert seen["DEPTH"] <= set(channels_last._DEPTHS)
     assert seen["VECTOR"] <= {1, 2, 4}
     assert all(len(values) <= 2 for name, values in seen.items() if name not in ("COLUMNS", "DEPTH", "VECTOR")), seen
+
+
+def test_the_number_of_staged_variants_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for padding, stride, dilation, make in product((0, 2, 9), (1, 2, 3), (1, 2), PASSES):
+        for _ in range(5):
+            n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
+            numbers = {"padding": padding, "stride": stride, "dilation": dilation, "channels_last": True}
+            g = geometry((n, c, h + 5, w + 5), (c, 1, 3, 3), **numbers)
+            chosen, _ = plan_or_reason(make, g, "float32", H200, "channels_last_staged")
+            for name, value in chosen.defines if chosen else ():
+                seen.setdefault(name, set()).add(value)
+    staged = channels_last_staged
+    assert seen.pop("VECTOR") <= {1, 2, 4}
+    assert seen.pop("GROUPS") <= set(range(1, staged._CHANNELS[-1] + 1))
+    assert seen.pop("COLUMNS") <= {*staged._COLUMNS, *range(1, staged._MAX_WIDTH + 1)}
+    assert seen.pop("THREADS") <= set(range(32, staged._MAX_THREADS + 1, 32))
+    assert seen.pop("BLOCKS") <= set(range(1, 33))
+    assert seen.pop("COPY") <= {4, 8, 16}
+    assert seen.pop("COPIES") <= set(range(1, staged._MAX_COPIES + 1))
+    assert seen.pop("WIDTH") <= set(range(3 * staged._MAX_WIDTH + 1))
+    assert seen.pop("LEFT") <= {0, 2, 9}
+    strides = (seen.pop("STRIDE_H"), seen.pop("STRIDE_W"))
+    assert max(strides) <= {1, 2, 3}
+    assert all(len(values) <= 2 for values in seen.values()), seen
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 63, 1000, 2**15 - 1])
@@ -578,13 +616,13 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
     plans = []
     for variant, make in product(VARIANTS, (*PASSES, plan.depthwise_wgrad)):
         R = 9 if variant == "tiles" else 3
-        g = geometry((2, 8, 9, 9), (8, 1, R, R), padding=R // 2, channels_last=variant == "channels_last")
+        g = geometry((2, 8, 9, 9), (8, 1, R, R), padding=R // 2, channels_last=variant.startswith("channels_last"))
         if make is plan.depthwise_wgrad and suits(variant, "wgrad", g, "float16"):
             of_wgrad = make(g, "float16", True, H200, variant)
             plans += filter(None, (of_wgrad.sums, of_wgrad.reduce))
         elif make is not plan.depthwise_wgrad and suits(variant, "forward", g, "float16"):
             plans.append(make(g, "float16", H200, variant))
-    assert len({chosen.source for chosen in plans}) == 13
+    assert len({chosen.source for chosen in plans}) == 16
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

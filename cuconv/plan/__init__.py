@@ -52,8 +52,8 @@ __all__ = [
 # Of every pass its variants, the preferred one first: the first that suits is taken.
 _FORWARD = {
     "runs": runs.forward,
-    "channels_last": channels_last.forward,
     "channels_last_staged": channels_last_staged.forward,
+    "channels_last": channels_last.forward,
     "toeplitz": toeplitz.forward,
     "images": images.forward,
     "tiles": tiles.forward,
@@ -61,8 +61,8 @@ _FORWARD = {
 }
 _DGRAD = {
     "runs": runs.dgrad,
-    "channels_last": channels_last.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
+    "channels_last": channels_last.dgrad,
     "toeplitz": toeplitz.dgrad,
     "images": images.dgrad,
     "tiles": tiles.dgrad,
