@@ -14,6 +14,7 @@ import numpy as np
 from ..geometry import Conv2dGeometry
 from .base import (
     DTYPES,
+    MAX_DIVIDEND,
     MAX_GRID,
     SHARED_RESERVE,
     VECTOR_BYTES,
@@ -36,6 +37,8 @@ MAX_PLANE = 1024
 # The needs of a plane are looked at tap by tap.
 _MAX_MEETINGS = 2**17
 _FEW_WARPS, _MAX_WARPS = 4, 16
+# Elements of a table of weights, and how far from its beginning an index may be: less than kNowhere in the kernel.
+_MAX_TABLE, _MAX_REACH = 2**15, 2**27
 _MAX_TILES = 8
 _MAX_STEPS = 24
 _STAGES = (2, 3, 4)
@@ -110,8 +113,8 @@ def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned
     choices = list(tiles(g, target, aligned))
     if not choices:
         raise Unsuitable(
-            f"the products of {g.R} x {g.S} taps with planes of {g.H} x {g.W} and {g.P} x {g.Q} do not fit registers and "
-            "shared memory"
+            f"the products of {g.R} x {g.S} taps with planes of {g.H} x {g.W} and {g.P} x {g.Q} "
+            "do not fit registers and shared memory"
         )
     best = min(choices, key=lambda tile: _cost(g, target, tile))
     return tile_plan(g, dtype, target, best, turned)
@@ -182,7 +185,7 @@ def tiles(g: Conv2dGeometry, target: Target, aligned: bool) -> Iterator[Tile]:
         raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
     if max(x_plane, y_plane) > MAX_PLANE:
         raise Unsuitable(f"takes planes of up to {MAX_PLANE} elements, and has {g.H} x {g.W} and {g.P} x {g.Q}")
-    if y_plane * g.R * g.S > _MAX_MEETINGS:
+    if g.R * g.S > MAX_DIVIDEND or y_plane * g.R * g.S > _MAX_MEETINGS:
         raise Unsuitable(f"{g.R} x {g.S} taps of {g.P} x {g.Q} outputs are too many")
     if not aligned or g.K * x_plane % _GRAIN or g.K * y_plane % _GRAIN:
         raise Unsuitable(f"needs images that start at multiples of {VECTOR_BYTES} bytes")
@@ -190,9 +193,10 @@ def tiles(g: Conv2dGeometry, target: Target, aligned: bool) -> Iterator[Tile]:
     together = math.lcm(*(_GRAIN // math.gcd(_GRAIN, size) for size in (x_plane, y_plane)))
     table_pitch = g.W + (g.Q - 1) * g.stride[1]
     table_size = ((g.R - 1) * g.dilation[0] + 1) * table_pitch
-    if table_size >= 2**15:
-        raise Unsuitable(f"{g.R} rows of taps do not fit shared memory")
-    for group in groups(replace_images(g)):
+    reach = max(abs(g.padding[0][0]), g.P * g.stride[0], g.R * g.dilation[0]) * table_pitch
+    if table_size >= _MAX_TABLE or reach >= _MAX_REACH:
+        raise Unsuitable(f"{g.R} x {g.S} taps that reach so far do not fit shared memory")
+    for group in groups(_shape(g)):
         periodic = is_periodic(g, group)
         if periodic:
             shapes = [(1, -(-group.count // rounds)) for rounds in range(1, group.count // _FEW_WARPS + 2)]
@@ -249,8 +253,8 @@ def edges(g: Conv2dGeometry, group: Group) -> int:
     return mask
 
 
-def replace_images(g: Conv2dGeometry) -> tuple[Any, ...]:
-    """What the needs of a plane follow from."""
+def _shape(g: Conv2dGeometry) -> tuple[Any, ...]:
+    """What the groups of a plane follow from."""
     return (g.H, g.W, g.P, g.Q, g.R, g.S, g.stride, g.padding, g.dilation)
 
 
@@ -261,9 +265,9 @@ def _pitch(run_bytes: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def groups(numbers: tuple[Any, ...]) -> tuple[Group, ...]:
+def groups(shape: tuple[Any, ...]) -> tuple[Group, ...]:
     """Every number of tiles a group, with the window that makes the fewest products."""
-    needed = _needed(*numbers)
+    needed = _needed(*shape)
     all_tiles = len(needed)
     found = {}
     for size in range(1, _MAX_TILES + 1):
