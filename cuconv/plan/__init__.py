@@ -133,6 +133,8 @@ def _first_suitable(planners: Mapping[str, Callable[..., _Chosen]], forced: str 
     names = [forced] if forced is not None else list(planners)
     if forced is None and "toeplitz" in planners and toeplitz.beats_runs(*arguments[:2]):
         names.insert(0, "toeplitz")
+    if forced is None and "images" in planners and images.beats_others(*arguments[:3]):
+        names.insert(0, "images")
     reasons = []
     for name in names:
         try:
