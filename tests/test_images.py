@@ -82,7 +82,9 @@ def test_small_integers_are_exact(device, rng):
         ((16, 8, 33, 32), (8, 1, 3, 3), {}, "float16", "up to 1024 elements.*33 x 32"),
         ((16, 7, 7, 7), (7, 1, 3, 3), {}, "float16", "multiples of 16 bytes"),
         ((16, 8, 14, 14), (8, 1, 64, 64), {"padding": 32}, "float16", "64 x 64 taps of 15 x 15 outputs are too many"),
+        ((16, 8, 1, 1), (8, 1, 200, 200), {"padding": 100}, "float16", "200 x 200 taps of 2 x 2 outputs"),
         ((16, 8, 13, 13), (8, 1, 3, 3), {"padding": 1}, "float16", "do not fit registers"),
+        ((16, 8, 1, 8), (8, 1, 1, 1), {"padding": ((2**26, 0), (0, 0)), "stride": (2**26, 1)}, "float16", "so far"),
     ],
 )
 def test_says_why_it_cannot_run(x_shape, w_shape, numbers, dtype, reason):

@@ -29,7 +29,7 @@ def geometry(x_shape, w_shape, **numbers) -> Conv2dGeometry:
 
 
 def test_the_default():
-    """The first that suits of runs, channels_last, toeplitz, tiles and direct."""
+    """The first that suits of runs, channels_last, toeplitz, images, tiles and direct."""
 
     def sources(g, dtype, target=H200):
         return {make(g, dtype, target).source.removeprefix("depthwise_") for make in PASSES}
@@ -41,6 +41,20 @@ def test_the_default():
     assert sources(small, "float32", T4) == direct
     for extent, chosen in ((56, "toeplitz"), (28, "toeplitz"), (14, "runs")):
         g = geometry((64, 192, extent, extent), (192, 1, 7, 7), padding=3)
+        assert sources(g, "float16") == sources(g, "bfloat16") == {chosen}
+        assert sources(g, "float32") == {"runs"}
+    # Many images of small planes, and large kernels on not so small ones.
+    for N, C, extent, kernel, chosen in (
+        (128, 1024, 7, 3, "images"),
+        (128, 1024, 14, 3, "runs"),
+        (128, 1152, 7, 5, "images"),
+        (16, 1152, 7, 5, "runs"),
+        (33, 1152, 7, 5, "runs"),
+        (128, 512, 14, 7, "images"),
+        (128, 240, 28, 5, "images"),
+        (128, 1155, 7, 5, "runs"),
+    ):
+        g = geometry((N, C, extent, extent), (C, 1, kernel, kernel), padding=kernel // 2)
         assert sources(g, "float16") == sources(g, "bfloat16") == {chosen}
         assert sources(g, "float32") == {"runs"}
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)

@@ -78,11 +78,12 @@ _WGRAD = {
     "direct": wgrad.direct,
 }
 
-# Of the variants on tensor cores, which suit where runs does too, those that are asked before it: each says where.
-_BEATS_RUNS = {
-    "toeplitz": toeplitz.beats_runs,
-    "pairs": wgrad_pairs.beats_runs,
-    "diagonals": wgrad_diagonals.beats_runs,
+# Of the variants on tensor cores, those that are asked before all others: each says where.
+_BEATS_OTHERS = {
+    "images": images.beats_others,
+    "toeplitz": toeplitz.beats_others,
+    "pairs": wgrad_pairs.beats_others,
+    "diagonals": wgrad_diagonals.beats_others,
 }
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
@@ -157,7 +158,8 @@ def _first_suitable(planners: Mapping[str, Callable[..., _Chosen]], forced: str 
         raise Unsuitable(f"variant {forced}: this pass has {', '.join(planners)}")
     names = [forced] if forced is not None else list(planners)
     if forced is None:
-        names[:0] = [name for name, beats in _BEATS_RUNS.items() if name in planners and beats(*arguments[:2])]
+        g, dtype, target = arguments[0], arguments[1], arguments[-2]
+        names[:0] = [name for name, beats in _BEATS_OTHERS.items() if name in planners and beats(g, dtype, target)]
     reasons = []
     for name in names:
         try:

@@ -99,7 +99,7 @@ class Tile:
         return -(-self.block_images * self.row_items * self.segments // _UNITS)
 
 
-def beats_runs(g: Conv2dGeometry, dtype: str) -> bool:
+def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
     """Where tensor cores take less time than the multiplications of depthwise_runs.
 
     On an H200, percent of the floor by toeplitz and by runs in float16: 7x7 on 56x56 55 and 32, on 28x28 43 and 29, on

@@ -73,7 +73,7 @@ class Tile:
         return max(1, min(shared, self.blocks_of_registers))
 
 
-def beats_runs(g: Conv2dGeometry, dtype: str) -> bool:
+def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
     """Where this takes less time than depthwise_wgrad_runs: products take 16 images at once."""
     return DTYPES[dtype][1] == _SIZE and g.N >= 2 * _STEP
 
