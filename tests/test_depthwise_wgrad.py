@@ -105,7 +105,9 @@ def test_finite_data_stay_on_tensor_cores(device, rng, monkeypatch, variant):
     read = kernels._read
     plainly = "  float sum = 0;\n"
     assert read("wgrad_plainly.cuh").count(plainly) == 1
-    monkeypatch.setattr(kernels, "_read", lambda name: read(name).replace(plainly, "  float sum = __uint_as_float(~0u);\n"))
+    monkeypatch.setattr(
+        kernels, "_read", lambda name: read(name).replace(plainly, "  float sum = __uint_as_float(~0u);\n")
+    )
     kernels._kernel.cache_clear()
     kernels.load.cache_clear()
     for name in ("7x7_planes", "14x14_planes", "5x9_planes", "12x20_planes", "28_wide", "odd_planes_dilation_12"):

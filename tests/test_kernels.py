@@ -107,7 +107,9 @@ TENSOR_WGRAD = {
 def test_wgrad_on_tensor_cores_compiles_without_spills(case, architecture):
     variant, x_shape, kernel, padding = TENSOR_WGRAD[case]
     g = geometry(x_shape, (x_shape[1], 1, *kernel), padding=padding)
-    for dtype, bias in product(("float16", "bfloat16"), (False, True)) if architecture == MEASURED else [("bfloat16", True)]:
+    for dtype, bias in (
+        product(("float16", "bfloat16"), (False, True)) if architecture == MEASURED else [("bfloat16", True)]
+    ):
         try:
             chosen = plan.depthwise_wgrad(g, dtype, bias, TARGETS[architecture], variant).sums
         except plan.Unsuitable as reason:
