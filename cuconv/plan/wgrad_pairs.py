@@ -71,25 +71,21 @@ class Tile:
 
     def blocks(self, target: Target) -> int:
         """That a multiprocessor holds at once."""
+        if self.shared_bytes > target.shared_per_block - SHARED_RESERVE:
+            return 0
         shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
         return min(shared, self.blocks_of_registers)
 
     def fits(self, g: Conv2dGeometry, target: Target) -> bool:
-        few = self.planes <= g.K <= self.planes * MAX_GRID[1]
-        held = self.registers <= _MAX_REGISTERS and self.blocks(target) > 0
-        return (
-            few
-            and held
-            and self.threads <= _MAX_THREADS
-            and self.shared_bytes <= target.shared_per_block - SHARED_RESERVE
-        )
+        held = self.registers <= _MAX_REGISTERS and self.threads <= _MAX_THREADS and self.blocks(target) > 0
+        return held and self.planes <= g.K <= self.planes * MAX_GRID[1]
 
 
 def beats_runs(g: Conv2dGeometry, dtype: str) -> bool:
     """Where this takes less time than depthwise_wgrad_runs, and than depthwise_wgrad_diagonals.
 
-    On an H200, percent of the memory floor by this and by runs in bfloat16, of 128 images: 3x3 on 7x7 61 and 46, on 14x14
-    66 and 63; 5x5 on 7x7 55 and 37, on 14x14 54 and 41; 7x7 on 7x7 42 and 13. Products take 16 images at once.
+    On an H200, percent of the memory floor by this and by runs in bfloat16, of 128 images: 3x3 on 7x7 61 and 46, on
+    14x14 66 and 63; 5x5 on 7x7 55 and 37, on 14x14 54 and 41; 7x7 on 7x7 42 and 13. Products take 16 images at once.
     """
     return DTYPES[dtype][1] == _SIZE and g.N >= 2 * _STEP and _offsets(g)[1] <= _MOST_OFFSETS
 
@@ -108,8 +104,8 @@ def pairs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
         )
     if g.H * g.W > _MAX_PIXELS or g.R * g.S > _MAX_TAPS:
         raise Unsuitable(
-            f"takes planes of up to {_MAX_PIXELS} elements and kernels of {_MAX_TAPS}, and these have {g.H} x {g.W} and "
-            f"{g.R} x {g.S}"
+            f"takes planes of up to {_MAX_PIXELS} elements and kernels of {_MAX_TAPS}, and these have "
+            f"{g.H} x {g.W} and {g.R} x {g.S}"
         )
     if not aligned or g.K * g.H * g.W % _CHUNK:
         raise Unsuitable("takes images that start at multiples of 16 bytes")
