@@ -65,9 +65,9 @@ _WGRAD = {
     "120x20": ((2, 1, 125, 40), (1, 1, 120, 20), (1, 1), ((3, 1), (0, 7)), (1, 1)),
 }
 
-# What only the gradient of weights on tensor cores branches on, whose images are multiples of 16 bytes: rows of one chunk
-# and of several, planes that start at any element or at no multiple of 16 bytes, channels and images that fill no block,
-# groups of kernel rows, chunks and rows far apart, chunks of padding alone.
+# What only the gradient of weights on tensor cores branches on, whose images are multiples of 16 bytes: rows of one
+# chunk and of several, planes that start at any element or at no multiple of 16 bytes, channels and images that fill no
+# block, groups of kernel rows, chunks and rows far apart, chunks of padding alone.
 _TENSOR_WGRAD = {
     "7x7_planes": ((9, 24, 7, 7), (24, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
     "14x14_planes": ((5, 6, 14, 14), (6, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),

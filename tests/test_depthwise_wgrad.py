@@ -85,7 +85,7 @@ def test_nan_and_infinity_reach_what_they_meet(device, rng, variant, layout):
 
 @pytest.mark.parametrize("variant", TENSOR)
 def test_nan_and_infinity_reach_what_they_meet_on_tensor_cores(device, rng, variant):
-    """At the edges, where chunks hold what belongs to other rows, planes or to none; in one channel and not in others."""
+    """At the edges, where chunks hold what belongs to other rows or planes or none; in one channel, not in others."""
     for width, channels in ((5, 8), (12, 2)):
         g = depthwise_geometry((19, channels, 10, width), (channels, 1, 3, 3), padding=1)
         dy, x = random_gradients(rng, g, "float16")

@@ -26,6 +26,8 @@ REGISTER_BUDGET_7X7 = 184
 REGISTER_BUDGET_STAGED = 224
 # Patches of 16 rows have 64 sums; their launch bound leaves room for one block of 256 threads.
 REGISTER_BUDGET_16_ROWS = 224
+# Of 31x31 a thread has 80 sums, and a block, one of which fits, 8 warps.
+REGISTER_BUDGET_TENSOR_WGRAD = 208
 # Bytes a thread: under NVRTC 13.4, 7x7 in bfloat16 keeps one of its 49 weights in memory, written and read once.
 # Sums over multiplied channels in float64 keep one of their weights there on sm_100.
 SPILL_BUDGET = {("7x7", "nchw"): 8, ("3x3_multiplier_2", "nchw"): 16}
@@ -119,17 +121,18 @@ TENSOR_WGRAD = {
 def test_wgrad_on_tensor_cores_compiles_without_spills(case, architecture):
     variant, x_shape, kernel, padding = TENSOR_WGRAD[case]
     g = geometry(x_shape, (x_shape[1], 1, *kernel), padding=padding)
-    for dtype, bias in (
-        product(("float16", "bfloat16"), (False, True)) if architecture == MEASURED else [("bfloat16", True)]
-    ):
+    target = TARGETS[architecture]
+    all_of_them = product(("float16", "bfloat16"), (False, True))
+    for dtype, bias in all_of_them if architecture == MEASURED else [("bfloat16", True)]:
         try:
-            chosen = plan.depthwise_wgrad(g, dtype, bias, TARGETS[architecture], variant).sums
-        except plan.Unsuitable as reason:
-            assert TARGETS[architecture].shared_per_block < TARGETS[MEASURED].shared_per_block, reason  # noqa: PT017
+            chosen = plan.depthwise_wgrad(g, dtype, bias, target, variant).sums
+        except plan.Unsuitable:
+            # Some planes do not fit shared memory where there is less of it.
+            assert target.shared_per_block < TARGETS[MEASURED].shared_per_block
             continue
         resources = kernels.compile_only(chosen, architecture)
         assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
-        assert resources.registers <= REGISTER_BUDGET, f"{chosen} takes {resources.registers} on {architecture}"
+        assert resources.registers <= REGISTER_BUDGET_TENSOR_WGRAD, f"{chosen} takes {resources.registers}"
 
 
 @pytest.mark.parametrize("kernel", [3, 9, 11])

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 
 from ..geometry import Conv2dGeometry
 from .base import (
     DTYPES,
-    MAX_DIVIDEND,
     MAX_GRID,
     SHARED_RESERVE,
     Plan,
@@ -26,16 +24,21 @@ from .wgrad import WgradPlan, with_reduce
 _SIZE = 2
 # Pixels of a chunk, and images of a product: see the kernel.
 _CHUNK, _STEP = 8, 16
-# Larger planes have more sums than the registers of a multiprocessor hold twice.
+# Larger planes have more sums than the registers of a multiprocessor hold.
 _MAX_PIXELS = 256
-# Of a warp; the sums of dbias have room for 8.
-_CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8)
-_MAX_SUMS = 128
-_PLANES = (1, 2, 4, 8, 16)
-_STEPS = (1, 2)
-_STAGES = (2, 3, 4)
-_MAX_WARPS = 16
 _MAX_TAPS = 64
+_MAX_THREADS = 512
+# Registers of a multiprocessor, and of a thread: more than the latter spill.
+_REGISTERS, _MAX_REGISTERS = 65536, 255
+_STAGES = 2
+# On an H200 these were fastest among 30 to 200 tiles a case: four planes a block and 7 chunks of dy a warp, while 128
+# registers a thread are enough; then one plane, 4 chunks, and as many more images at a time. 3x3 on 14x14 took 19.0
+# us so and 20.6 with one plane and 4 chunks; 5x5 on 7x7 12.6 and 14.2 with two and 4.
+_MANY, _FEW = (7, 4, _STEP), (4, 1, 2 * _STEP)
+_REGISTERS_OF_MANY = 136
+# Chunks of x that a chunk of dy meets: 7x7 on 14x14, which has 13, takes 34.1 us, and depthwise_wgrad_diagonals 30.0;
+# 5x5 there has 9, and takes 30.2 and 37.2.
+_MOST_OFFSETS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,6 @@ class Tile:
     planes: int
     plane_warps: int
     images: int
-    stages: int
     slabs: int
     pitch: int
     margin: int
@@ -64,18 +66,28 @@ class Tile:
     def blocks_of_registers(self) -> int:
         """That the registers of a multiprocessor are enough for, which the compiler is held to. Each of its four
         schedulers has a quarter of them."""
-        warps = 65536 // (4 * 32 * -(-self.registers // 8) * 8) * 4
-        return max(1, min(2048, 32 * warps) // self.threads)
+        warps = _REGISTERS // (4 * 32 * -(-self.registers // 8) * 8) * 4
+        return min(2048, 32 * warps) // self.threads
 
     def blocks(self, target: Target) -> int:
         """That a multiprocessor holds at once."""
+        if self.shared_bytes > target.shared_per_block - SHARED_RESERVE:
+            return 0
         shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
-        return max(1, min(shared, self.blocks_of_registers))
+        return min(shared, self.blocks_of_registers)
+
+    def fits(self, g: Conv2dGeometry, target: Target) -> bool:
+        held = self.registers <= _MAX_REGISTERS and self.threads <= _MAX_THREADS and self.blocks(target) > 0
+        return held and self.planes <= g.K <= self.planes * MAX_GRID[1]
 
 
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
-    """Where this takes less time than depthwise_wgrad_runs: products take 16 images at once."""
-    return DTYPES[dtype][1] == _SIZE and g.N >= 2 * _STEP
+    """Where this takes less time than depthwise_wgrad_runs, and than depthwise_wgrad_diagonals.
+
+    On an H200, percent of the memory floor by this and by runs in bfloat16, of 128 images: 3x3 on 7x7 61 and 46, on
+    14x14 66 and 63; 5x5 on 7x7 55 and 37, on 14x14 54 and 41; 7x7 on 7x7 42 and 13. Products take 16 images at once.
+    """
+    return DTYPES[dtype][1] == _SIZE and g.N >= 2 * _STEP and _offsets(g)[1] <= _MOST_OFFSETS
 
 
 def pairs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
@@ -92,19 +104,19 @@ def pairs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
         )
     if g.H * g.W > _MAX_PIXELS or g.R * g.S > _MAX_TAPS:
         raise Unsuitable(
-            f"takes planes of up to {_MAX_PIXELS} elements and kernels of {_MAX_TAPS}, and these have {g.H} x {g.W} and "
-            f"{g.R} x {g.S}"
+            f"takes planes of up to {_MAX_PIXELS} elements and kernels of {_MAX_TAPS}, and these have "
+            f"{g.H} x {g.W} and {g.R} x {g.S}"
         )
     if not aligned or g.K * g.H * g.W % _CHUNK:
         raise Unsuitable("takes images that start at multiples of 16 bytes")
-    choices = list(tiles(g, bias, target))
+    choices = [choice for choice in tiles(g, bias) if choice.fits(g, target)]
     if not choices:
         raise Unsuitable(f"{g.R} x {g.S} taps and planes of {g.H} x {g.W} elements do not fit registers and one launch")
-    return tile_plan(g, dtype, bias, target, min(choices, key=lambda tile: _cost(g, bias, target, tile)))
+    return tile_plan(g, dtype, bias, replace(choices[0], slabs=_slabs(g, target, choices[0])))
 
 
-def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
-    """The plan of one choice of tiles()."""
+def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPlan:
+    """The plan of one tile."""
     sums = Plan(
         source="depthwise_wgrad_pairs",
         defines=(
@@ -115,7 +127,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("FINAL", int(tile.slabs == 1)),
             ("THREADS", tile.threads),
             ("BLOCKS", tile.blocks_of_registers),
-            ("STAGES", tile.stages),
+            ("STAGES", _STAGES),
             ("PLANE_CHUNKS", tile.plane_chunks),
             ("CHUNKS", tile.chunks),
             ("FIRST", tile.first),
@@ -159,73 +171,62 @@ def _products(chunks: int, plane_chunks: int, first: int, offsets: int) -> int:
     return total
 
 
-def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
-    """The tiles that fit the device's registers and shared memory."""
-    pixels = g.H * g.W
-    budget = target.shared_per_block - SHARED_RESERVE
-    # A plane starts at any multiple of what it and a chunk have in common.
-    plane_chunks = -(-(pixels + _CHUNK - math.gcd(pixels, _CHUNK)) // _CHUNK)
+def _offsets(g: Conv2dGeometry) -> tuple[int, int]:
+    """Chunk d of dy meets so many chunks of x, of which the first is d plus the first of these numbers."""
     nearest = -g.padding[0][0] * g.W - g.padding[1][0]
     first = nearest // _CHUNK
-    offsets = (nearest + (g.R - 1) * g.W + g.S - 1 + _CHUNK - 1) // _CHUNK - first + 1
-    taps = g.R * g.S + bias
-    for chunks, planes, steps, stages in product(_CHUNKS, _PLANES, _STEPS, _STAGES):
-        plane_warps = -(-plane_chunks // chunks)
-        warps = planes * plane_warps
-        if (
-            chunks > plane_chunks
-            or plane_warps > 1
-            and -(-plane_chunks // (chunks - 1 or 1)) == plane_warps
-            and chunks > 1
-        ):
-            continue
-        sums = 4 * _products(chunks, plane_chunks, first, offsets)
-        images = steps * _STEP
-        if warps > _MAX_WARPS or sums > _MAX_SUMS or planes > g.K or (steps > 1 and images // 2 >= g.N):
-            continue
-        # An odd number of 16 bytes from image to image: eight chunks of eight images lie in different banks.
-        pitch = (-(-(planes * pixels + _CHUNK - math.gcd(planes * pixels, _CHUNK)) // _CHUNK) | 1) * _CHUNK
-        margin = -min(0, first) * _CHUNK
-        behind = (plane_warps * chunks + offsets + 2) * _CHUNK
-        pixel_sums = min(4, chunks) * _CHUNK * (offsets * _CHUNK + 1)
-        shared = max((margin + stages * 2 * images * pitch + behind) * _SIZE, warps * max(pixel_sums, taps * 33) * 4)
-        if shared > budget or -(-g.K // planes) > MAX_GRID[1] or 32 * warps > MAX_DIVIDEND:
-            continue
-        turns = -(-g.N // images)
-        base = dict(
-            plane_chunks=plane_chunks,
-            chunks=chunks,
-            first=first,
-            offsets=offsets,
-            planes=planes,
-            plane_warps=plane_warps,
-            images=images,
-            stages=stages,
-            pitch=pitch,
-            margin=margin,
-            shared_bytes=shared,
-            registers=min(255, max(80, 40 + sums + 2 * chunks)),
-        )
-        tile = Tile(slabs=1, **base)
-        held = target.multiprocessors * tile.blocks(target)
-        for slabs in sorted({1, *(max(1, min(turns, part * held // -(-g.K // planes))) for part in (1, 2))}):
-            yield Tile(slabs=-(-turns // -(-turns // slabs)), **base)
+    return first, (nearest + (g.R - 1) * g.W + g.S - 1 + _CHUNK - 1) // _CHUNK - first + 1
 
 
-def _cost(g: Conv2dGeometry, bias: bool, target: Target, tile: Tile) -> float:
-    """What ranks tiles: clocks of a multiprocessor, roughly."""
-    warps = tile.threads / 32
-    turns = _block_images(g, tile) / tile.images
-    steps = tile.images / _STEP
-    products = _products(tile.chunks, tile.plane_chunks, tile.first, tile.offsets) + bias * tile.chunks
-    loads = (tile.chunks + tile.offsets) / 2 + tile.chunks / 2
-    of_turn = steps * warps * (products + loads + 14 + 2 * bias * tile.chunks) + 8 * 2 * tile.images + 60 * warps
-    once = warps * (400 + 4 * products * 2 + (g.R * g.S) * (8 + 4 * -(-tile.chunks // 4)))
-    moved = 2 * tile.images * tile.planes * g.H * g.W * _SIZE / 18
-    held = tile.blocks(target)
-    grid = tile.slabs * -(-g.K // tile.planes)
-    full, rest = divmod(grid, held * target.multiprocessors)
-    time = 0.0
-    for count in [held] * full + ([-(-rest // target.multiprocessors)] if rest else []):
-        time += turns * max(count * max(moved, of_turn / 3), 400 + of_turn) + 2500 + count * once / 3
-    return time + 4400 * (tile.slabs > 1)
+def tiles(g: Conv2dGeometry, bias: bool) -> Iterator[Tile]:
+    """The preferred tile first; then those with fewer planes and chunks, which need less."""
+    chunks, planes, images = _MANY
+    if make_tile(g, bias, chunks, 1, images).registers > _REGISTERS_OF_MANY:
+        chunks, planes, images = _FEW
+    while planes > 1:
+        yield make_tile(g, bias, chunks, planes, images)
+        planes //= 2
+    while chunks > 0:
+        yield make_tile(g, bias, chunks, 1, images)
+        chunks //= 2
+
+
+def make_tile(g: Conv2dGeometry, bias: bool, chunks: int, planes: int, images: int, slabs: int = 1) -> Tile:
+    """Of so many chunks of dy a warp, as far as a plane has them, and so many planes and images a block."""
+    pixels = g.H * g.W
+    # A plane starts at any multiple of what it and a chunk have in common.
+    plane_chunks = -(-(pixels + _CHUNK - math.gcd(pixels, _CHUNK)) // _CHUNK)
+    chunks = min(chunks, plane_chunks)
+    plane_warps = -(-plane_chunks // chunks)
+    first, offsets = _offsets(g)
+    # An odd number of 16 bytes from image to image: eight chunks of eight images lie in different banks.
+    run = planes * pixels
+    pitch = (-(-(run + _CHUNK - math.gcd(run, _CHUNK)) // _CHUNK) | 1) * _CHUNK
+    margin = -min(0, first) * _CHUNK
+    behind = (plane_warps * chunks + offsets + 2) * _CHUNK
+    arrivals = (margin + _STAGES * 2 * images * pitch + behind) * _SIZE
+    # In the end, in float32: the sums of four chunks at a time; every lane's of every tap.
+    sums = max(min(4, chunks) * _CHUNK * (offsets * _CHUNK + 1), (g.R * g.S + bias) * 33) * 4
+    return Tile(
+        plane_chunks=plane_chunks,
+        chunks=chunks,
+        first=first,
+        offsets=offsets,
+        planes=planes,
+        plane_warps=plane_warps,
+        images=images,
+        slabs=slabs,
+        pitch=pitch,
+        margin=margin,
+        shared_bytes=max(arrivals, planes * plane_warps * sums),
+        registers=max(80, 30 + 4 * _products(chunks, plane_chunks, first, offsets) + 2 * chunks),
+    )
+
+
+def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> int:
+    """One, which takes one launch, where there are enough planes; else as many as fill the device once."""
+    groups = -(-g.K // tile.planes)
+    turns = -(-g.N // tile.images)
+    # 128 blocks on 132 multiprocessors are enough planes.
+    slabs = max(1, min(turns, target.multiprocessors * tile.blocks(target) // groups))
+    return 1 if 16 * groups >= 15 * target.multiprocessors else -(-turns // -(-turns // slabs))
