@@ -18,8 +18,7 @@
 // THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a thread: they divide K);
 // GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of a copy: they divide a pixel's
 // and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of a thread and row); STRIDE_H,
-// STRIDE_W (of the strip, see below); DILATED; SKIP (whether it is found out which rows of dy a row of x meets; else zeros
-// take the place of those that do not exist); RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
+// STRIDE_W (of the strip, see below); DILATED; RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
 // (then the padding before it).
 //
 // Pixels that are no whole copies: a block of all channels may copy what its columns are of a row, which is one run of
@@ -52,7 +51,6 @@ constexpr int kDyCopies = CUCONV_DY_COPIES;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
-constexpr bool kSkip = CUCONV_SKIP;
 constexpr bool kRuns = CUCONV_RUNS;
 constexpr int kWidth = CUCONV_WIDTH;
 constexpr int kLeft = CUCONV_LEFT;
@@ -67,8 +65,8 @@ constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
 constexpr int kPieces = kRuns ? 1 : kChannels / kPiece;
-// What a stage begins with: a word of what the turn brings and one of phases, in 16 bytes.
-constexpr int kHead = 16 / static_cast<int>(sizeof(T));
+// What a stage ends with: a word of what the turn brings and one of phases.
+constexpr int kWords = 2 * sizeof(uint32) / sizeof(T);
 
 // That word has a bit for each of the last kRing rows of dy, the newest first, whether it exists and belongs to this step;
 // for each new row of x; and the images from the step's first on, at most so many as a block takes.
@@ -99,6 +97,7 @@ struct Parameters {
   int column_blocks;           // blocks side by side
   int x_pixels, dy_pixels;     // columns of x and dy that a block's strips need
   int x_size, dy_size;         // elements of a row in shared memory
+  int stage_size;              // of a stage, with its words
   int x_plane, dy_plane;       // elements of an image
   int x_line, x_down, dy_down; // elements from one row of x to the next of a turn, and from a turn's to the next turn's
   int down;                    // rows of x, likewise
@@ -183,9 +182,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     walk.t = 0;
     walk.count = kDilated ? min(rows, max(0, (g.P - p + spacing_h - 1) / spacing_h)) : rows;
     walk.row = p * g.stride_h - g.top;
-    walk.turns = max(1, walk.count + kRing - 1);
-    // Turns behind the last with a row of x would do nothing, but bring zeros where they are counted on.
-    if (kSkip) walk.turns = min(walk.turns, max(max(1, walk.count), (g.H - walk.row + g.down - 1) / g.down));
+    // Turns behind the last with a row of x would do nothing.
+    walk.turns = max(max(1, walk.count), min(walk.count + kRing - 1, (g.H - walk.row + g.down - 1) / g.down));
     walk.first_image = set * g.images;
     walk.images = min(g.images, g.N - walk.first_image);
     return p;
@@ -198,9 +196,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   // What is copied.
   T* const ring = reinterpret_cast<T*>(shared);
-  const int stage_size = kHead + kStrideH * g.x_size + g.dy_size;
-  T* const of_x = ring + kHead;
+  const int stage_size = g.stage_size;
+  T* const of_x = ring;
   T* const of_dy = of_x + kStrideH * g.x_size;
+  const auto word_of = [&](int stage, int word) -> uint32& {
+    return reinterpret_cast<uint32*>(ring + stage + stage_size - kWords)[word];
+  };
   // Of runs: columns before the first of x, and the pieces of zeros in their place.
   const int missing = kRuns ? max(0, -first_column) : 0;
   const int lead = (missing * kChannels + kPiece - 1) / kPiece * kPiece;
@@ -273,9 +274,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       }
     }
     if (thread == 0) {
-      uint32* const head = reinterpret_cast<uint32*>(ring + stage);
-      head[0] = turn;
-      if (kRuns) head[1] = phases;
+      word_of(stage, 0) = turn;
+      if (kRuns) word_of(stage, 1) = phases;
     }
     ptx::copy_async_commit();
   };
@@ -305,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const auto next_turn = [&] {
     ptx::copy_async_wait<kStages - 2>();
     __syncthreads();
-    return *reinterpret_cast<const uint32*>(ring + stage);
+    return word_of(stage, 0);
   };
   const auto go = [&] {
     uint32 turn = next_turn();
@@ -314,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int u = 0; u < kRing; ++u) {
         if (u > 0 && turn == 0) return;
         copy(free_stage);
-        const uint32 phases = kRuns ? reinterpret_cast<const uint32*>(ring + stage)[1] : 0;
+        const uint32 phases = kRuns ? word_of(stage, 1) : 0;
         const auto phase = [&](int row) { return static_cast<int>(phases >> kPhaseBits * row & ((1 << kPhaseBits) - 1)); };
         if (columns > 0 && image < static_cast<int>(turn >> kImagesBit)) {
           if (turn & 1) {
@@ -324,11 +324,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
               for (int e = 0; e < kVector; ++e) bias_sum[e] += gradient[u][v][e];
             }
-          } else if (!kSkip) {
-#pragma unroll
-            for (int v = 0; v < kColumns; ++v)
-#pragma unroll
-              for (int e = 0; e < kVector; ++e) gradient[u][v][e] = 0;
           }
 #pragma unroll
           for (int a = 0; a < kStrideH; ++a) {
@@ -348,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
             for (int before = 0; before < kRing; ++before) {
               const int r = a + before * kStrideH;
-              if (r >= kR || (kSkip && !(turn >> before & 1))) continue;
+              if (r >= kR || !(turn >> before & 1)) continue;
               const int place = (u + kRing - before) % kRing;
 #pragma unroll
               for (int v = 0; v < kColumns; ++v)

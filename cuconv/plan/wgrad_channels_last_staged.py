@@ -35,8 +35,9 @@ _MAX_THREADS = 512
 _MAX_REGISTERS = 232
 # Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
 _MAX_PRODUCTS = 2800
-# What a stage of shared memory begins with: kHead of the kernel.
-_HEAD_BYTES = 16
+# What a stage of shared memory ends with, kWords of the kernel; and of what it is a multiple, so that a line of memory is
+# not copied to parts of two.
+_WORD_BYTES, _LINE_BYTES = 8, 128
 # At larger strides neighbouring columns share little.
 _MAX_STRIDE = 2
 
@@ -60,7 +61,6 @@ class Tile:
     copy: int
     stride: Pair
     spacing: Pair
-    skip: bool = False
     runs: bool = False
 
     @property
@@ -132,7 +132,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("DY_COPIES", _copies(tile, dy_size, size)),
             ("STRIDE_H", tile.stride[0]),
             ("STRIDE_W", tile.stride[1]),
-            ("SKIP", int(tile.skip)),
             ("RUNS", int(tile.runs)),
             ("DILATED", int(g.dilation != (1, 1))),
             ("WIDTH", g.W if whole else 0),
@@ -154,6 +153,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("dy_pixels", dy_pixels),
             ("x_size", x_size),
             ("dy_size", dy_size),
+            ("stage_size", _stage_bytes(g, tile, size) // size),
             ("x_plane", g.H * g.W * g.K),
             ("dy_plane", g.P * g.Q * g.K),
             ("x_line", g.dilation[0] * g.W * g.K),
@@ -209,8 +209,8 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
         shapes = [] if copy < 4 else list(_shapes(g, thread, _channel_choices(g.K, piece)))
         if copy < VECTOR_BYTES and aligned and not dilated and g.K // vector <= _MAX_THREADS:
             shapes += _shapes(g, replace(thread, copy=VECTOR_BYTES, runs=True), [g.K])
-        for shape, skip, stages in product(shapes, (False, True), _STAGES):
-            tile = replace(shape, stages=stages, skip=skip)
+        for shape, stages in product(shapes, _STAGES):
+            tile = replace(shape, stages=stages)
             shared = _shared_bytes(g, dtype, bias, tile)
             if shared > target.shared_per_block - SHARED_RESERVE:
                 continue
@@ -239,8 +239,8 @@ def _shapes(g: Conv2dGeometry, thread: Tile, channel_choices: list[int]) -> Iter
 
 
 def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> Iterator[Tile]:
-    """The tile with as many slabs as fill the device once, twice and by half, and with one; the slabs of any rows, and of
-    whole strips."""
+    """The tile with as many slabs as fill the device once, twice and by half, and with one; the slabs of any rows, and
+    of whole strips."""
     strip_rows, rows = _rows(g, tile)
     side_by_side = -(-g.K // tile.channels) * -(-_column_items(g, tile) // tile.strips)
     choices = [rows]
@@ -311,6 +311,12 @@ def _sizes(g: Conv2dGeometry, tile: Tile, size: int) -> Pair:
     return (lead + of_x) * piece, of_dy * piece
 
 
+def _stage_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+    x_size, dy_size = _sizes(g, tile, size)
+    used = (tile.stride[0] * x_size + dy_size) * size + _WORD_BYTES
+    return -(-used // _LINE_BYTES) * _LINE_BYTES
+
+
 def _copies(tile: Tile, elements: int, size: int) -> int:
     """Of a thread and row."""
     return -(-elements * size // tile.copy // tile.threads)
@@ -325,11 +331,9 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> int:
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
     """For the ring of turns; in the end for the sums of every thread."""
-    size = DTYPES[dtype][1]
-    x_size, dy_size = _sizes(g, tile, size)
-    turn = (tile.stride[0] * x_size + dy_size) * size
+    turn = _stage_bytes(g, tile, DTYPES[dtype][1])
     sums = (g.R * g.S + bias) * tile.images * tile.strips * tile.channels * sum_bytes(dtype)
-    return max(tile.stages * (turn + _HEAD_BYTES), sums)
+    return max(tile.stages * turn, sums)
 
 
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:
