@@ -1,4 +1,4 @@
-// Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_80 and newer): forward, and at stride 1 the
+// Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_90 and newer): forward, and at stride 1 the
 // gradient of the input, which is the convolution of dy with the kernel turned around. The names are the forward pass's.
 //
 // The 16 rows of a product are 16 images, its k are pixels of one plane of x and its columns outputs of that plane, both

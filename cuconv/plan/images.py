@@ -1,4 +1,4 @@
-"""Small planes on tensor cores, 16-bit, for compute capability 8.0 and newer: see cuda/depthwise_images.cu."""
+"""Small planes on tensor cores, 16-bit, for compute capability 9.0 and newer: see cuda/depthwise_images.cu."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned
     if DTYPES[dtype][1] != _SIZE:
         raise Unsuitable(f"takes float16 and bfloat16, and the dtype is {dtype}")
     require_nchw(g)
-    if target.architecture < 80:
-        raise Unsuitable(f"needs compute capability 8.0, and the device has {target.architecture / 10}")
+    if target.architecture < 90:
+        raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
     choices = list(tiles(g, target, aligned))
     if not choices:
         raise Unsuitable(
