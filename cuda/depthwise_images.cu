@@ -1,4 +1,4 @@
-// Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_80 and newer): forward, and at stride 1 the
+// Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_90 and newer): forward, and at stride 1 the
 // gradient of the input, which is the convolution of dy with the kernel turned around. The names are the forward pass's.
 //
 // The 16 rows of a product are 16 images, its k are pixels of one plane of x and its columns outputs of that plane, both
@@ -94,7 +94,7 @@ struct Parameters {
   int input_pitch, output_pitch;   // shared bytes from one image of a unit to the next
 };
 
-// A unit's place among all, and in an array of planes of so many elements.
+// A unit's place among all.
 struct Unit {
   int part;  // planes [part * block_planes, ...)
   int rank;  // images [rank * kImages, ...)
@@ -118,11 +118,11 @@ struct Unit {
   __device__ __forceinline__ int images(const Parameters& g) const { return min(kImages, g.images - rank * kImages); }
 };
 
-// Where in an array of planes of so many elements a lane copies of a unit, which is then followed by the next.
+// A unit, and where in an array of planes of so many elements a lane starts to copy it; the next one follows.
 struct Cursor : Unit {
   int64 image_size;
   int64 place;
-  bool first = true;
+  bool first = true;  // of the block's units
 
   __device__ __forceinline__ Cursor(const Unit& unit, int plane_size, int warp, int lane, const Parameters& g)
       : Unit(unit), image_size(static_cast<int64>(g.K) * plane_size) {
@@ -137,6 +137,7 @@ struct Cursor : Unit {
     } else {
       place += kImages * image_size;
     }
+    first = false;
   }
 };
 
@@ -253,12 +254,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int plane = kPeriodic ? 0 : divide(warp, g.groups_magic);
   const int first_group = warp - plane * g.groups;
   const int groups = kPeriodic ? g.groups : first_group + 1;
+
   // A warp copies whole images, vector by vector. With a part's first one it asks for the part's weights.
   const auto load = [&](int stage) {
     if (ahead.rank == 0 || ahead.first) {
       const int64 k = ahead.first_plane(g) + plane;
       if (k < g.K && lane * kLine < g.R * g.S) ptx::prefetch(w + k * (g.R * g.S) + lane * kLine);
-      ahead.first = false;
     }
     const int images = ahead.images(g);
     const int bytes = ahead.planes(g) * x_plane * static_cast<int>(sizeof(T)) - lane * kBulkAlignment;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import hostcuda
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from backends import forget_kernels
 
 import cuconv
-from cuconv import plan
+from cuconv import kernels, plan
 
 # All just beyond 2^31 elements of x and of y.
 SHAPES = {"one_plane": (1, 1, 1_074_000, 2000), "many_planes": (46_400, 725, 8, 8)}
@@ -85,6 +86,18 @@ def test_the_last_block_of_a_large_kernel(large, rng):
     last = np.asarray(x[-1:, -1:, -8:, -9:])
     padding = ((0, 0), (9 - last.shape[3], 0))
     oracle.assert_within_bound(np.asarray(y[-1:, -1:, -1:, -1:]), last, np.asarray(w[-1:]), padding=padding)
+
+
+def test_the_last_unit_of_many_images(last_block_alone, rng):
+    """On so many multiprocessors that every unit has a block of its own."""
+    x = zeros_with_a_random_end(rng, SHAPES["many_planes"])
+    w = random_w(rng, x.shape[1], 2, 1)
+    g = cuconv.geometry.depthwise_geometry(x.shape, w.shape, padding=((1, 0), (0, 0)))
+    chosen = plan.depthwise_forward(g, "float16", replace(plan.TARGETS[90], multiprocessors=10**6), "images")
+    y = np.zeros(g.y_shape, np.float16).view(hostcuda.cupy_twin.ndarray)
+    kernels.load(chosen, 0)(x.data.ptr, w.data.ptr, 0, y.data.ptr)
+    last = (np.asarray(a) for a in (y[-1:, -1:], x[-1:, -1:], w[-1:]))
+    oracle.assert_within_bound(*last, padding=((1, 0), (0, 0)))
 
 
 @pytest.mark.parametrize("variant", ["direct", "channels_last"])

@@ -39,7 +39,7 @@ def test_the_default():
     for dtype, target in product(plan.DTYPES, (H200, RTX_5090)):
         assert sources(small, dtype, target) == {"runs"}
     assert sources(small, "float32", T4) == direct
-    for extent, chosen in ((56, "toeplitz"), (28, "toeplitz"), (14, "runs")):
+    for extent, chosen in ((56, "toeplitz"), (28, "toeplitz"), (14, "images")):
         g = geometry((64, 192, extent, extent), (192, 1, 7, 7), padding=3)
         assert sources(g, "float16") == sources(g, "bfloat16") == {chosen}
         assert sources(g, "float32") == {"runs"}
