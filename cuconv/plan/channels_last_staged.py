@@ -37,11 +37,9 @@ _CHANNELS = (16, 32, 64, 128)
 _MAX_THREADS = 512
 _MAX_COPIES = 8
 # What a thread needs beside weights, sums and a row of x: less, and the compiler spills; more, and it schedules better.
-_REGISTERS_BESIDE = (18, 34)
+_REGISTERS_BESIDE = (12, 28)
 _MAX_REGISTERS = 200
 _MAX_PRODUCTS = 5000
-# Of kernels of more rows, the block passes over what meets no row of its outputs: kSkip.
-_FEW_ROWS = 3
 _MIN_THREADS = 64
 
 
@@ -94,9 +92,6 @@ def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: 
         raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
     if g.multiplier > 1:
         raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
-    first_reach, last_row = (g.R - 1) * g.dilation[0] - g.padding[0][0], (g.P - 1) * g.stride[0] - g.padding[0][0]
-    if first_reach < 0 or last_row >= g.H:
-        raise Unsuitable("takes outputs that all meet a row of x, and some have padding alone")
     size = DTYPES[dtype][1]
     if _copy(g, size, aligned) < 4:
         raise Unsuitable(f"copies words of 4 bytes of aligned arrays, and has {g.K} channels of {size} bytes")
@@ -234,9 +229,7 @@ def _channel_choices(K: int, piece: int) -> list[int]:
 def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> list[int]:
     """Registers that a thread is to have."""
     values = _ring(g, stride) * columns + g.R * g.S + (columns - 1) * stride[1] + g.S
-    # The code for columns known to be padding is less regular.
-    values = values * vector + (12 if _whole(g, columns) else 0)
-    return [min(255, values + beside) for beside in _REGISTERS_BESIDE]
+    return [min(255, values * vector + beside) for beside in _REGISTERS_BESIDE]
 
 
 def _blocks(threads: int, registers: int) -> int:
@@ -293,40 +286,38 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
     stride_h, stride_w = tile.stride
     whole = _whole(g, tile.columns)
     rows = (tile.rows - 1) * stride_h + g.R
-    # Of them those of x, the pairs of them and rows of outputs, and columns.
+    # Of them those of x; what they meet.
     of_x = min(rows, (-(-g.H // g.dilation[0]) + (pieces - 1) * max(0, g.R - stride_h)) / pieces)
-    pairs = _pairs(g, 0) / (pieces * tile.spacing[0]) if g.R > _FEW_ROWS else of_x * g.R / stride_h
-    columns = _pairs(g, 1) if whole else g.S * tile.columns
+    pairs = of_x * g.R / stride_h
+    columns = _column_pairs(g) if whole else g.S * tile.columns
     span = g.W if whole else (tile.columns - 1) * stride_w + g.S
     pixels = _pixels(g, tile)
-    copies = _copies(g, tile, size)
+    copies = -(-tile.images * pixels * tile.channels * size // (tile.copy * tile.threads))
     outputs = tile.rows * tile.columns
     slots = (
         pairs * columns * tile.vector
-        + of_x * span * (3.1 + 1.7 * tile.vector * narrow)
-        + rows * (11.0 + 1.1 * copies)
-        + outputs * (1.7 + 0.38 * tile.vector * narrow)
-        + (500.0 + 1.2 * g.R * g.S * tile.vector + 28.0 * copies) / tile.turns
+        + of_x * span * (8.4 + 1.8 * tile.vector * narrow)
+        + rows * (25.0 + 8.9 * copies)
+        + outputs * (0.39 + 0.89 * tile.vector * narrow)
+        + (140.0 + 0.053 * g.R * g.S * tile.vector + 1.6 * copies) / tile.turns
     )
     warps = tile.blocks * tile.threads / 32
-    busy = 1 - math.exp(-0.17 * warps)
+    busy = 1 - math.exp(-0.15 * warps)
     code = max(0.0, g.R * g.S * tile.columns * tile.vector * _ring(g, tile.stride) / 1000 - 1)
     issue = slots * blocks * tile.threads * tile.turns / g.y_size / busy
-    issue *= 1 + 0.025 * code * (1 + 0.042 * tile.blocks / 8)
+    issue *= 1 + 0.00078 * code * (1 + 0.019 * tile.blocks / 8)
     again = of_x / (tile.rows * stride_h) - 1
     beside = pixels / max(1, min(g.W, tile.strips * tile.columns * g.stride[1])) - 1
     apart = 128 / min(128, tile.vector * size * min(tile.groups, 32)) - 1
-    moved = size * (1 + g.x_size / g.y_size * (1 + 0.89 * again) * (1 + 0.21 * beside)) * (1 + 0.084 * apart)
-    memory = 7.4 * moved
+    moved = size * (1 + g.x_size / g.y_size * (1 + 2.1 * again) * (1 + 0.07 * beside)) * (1 + 0.023 * apart)
+    memory = 7.5 * moved
     waves = blocks / (target.multiprocessors * tile.blocks)
-    uneven = 0.13 * ((math.ceil(waves) / waves if waves < 8 else 1) - 1 + 0.3 / max(waves, 1))
-    return (max(issue, memory) + 0.33 * min(issue, memory)) * (1 + uneven)
+    uneven = 0.24 * ((math.ceil(waves) / waves if waves < 8 else 1) - 1 + 0.3 / max(waves, 1))
+    return (max(issue, memory) + 0.11 * min(issue, memory)) * (1 + uneven)
 
 
 @lru_cache(maxsize=256)
-def _pairs(g: Conv2dGeometry, axis: int) -> int:
-    """Pairs of a row of outputs and one of x that meet (axis 0), or of columns (1)."""
-    extent, count, taps = ((g.H, g.P, g.R), (g.W, g.Q, g.S))[axis]
-    first = range(-g.padding[axis][0], count * g.stride[axis] - g.padding[axis][0], g.stride[axis])
-    reach = range(0, taps * g.dilation[axis], g.dilation[axis])
-    return sum(0 <= start + tap < extent for start in first for tap in reach)
+def _column_pairs(g: Conv2dGeometry) -> int:
+    """Pairs of a column of outputs and one of x that meet."""
+    first = range(-g.padding[1][0], g.Q * g.stride[1] - g.padding[1][0], g.stride[1])
+    return sum(0 <= start + tap < g.W for start in first for tap in range(g.S))
