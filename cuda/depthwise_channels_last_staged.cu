@@ -1,30 +1,32 @@
-// Depthwise convolution, channels-last (NHWC in memory), rows of x staged in shared memory: forward, and the gradient of
-// the input at stride 1, which is the convolution of dy with the kernel turned around.
+// Depthwise convolution, channels-last (NHWC in memory), rows of x staged in shared memory: forward, and the gradient
+// of the input at stride 1, which is the convolution of dy with the kernel turned around.
 //
-// A block makes strips of columns of a few images, all at the same rows, of some neighbouring channels; a thread one strip
-// of a vector of channels. The rows of x that the strips need pass one after the other through a ring in shared memory,
-// copied there several rows ahead, each element once a block, and with zeros for the columns that x does not have; behind
-// the last row of some images come, without a pause, those of the images that the block makes next.
+// A block makes strips of columns of a few images, all at the same rows, of some neighbouring channels; a thread one
+// strip of a vector of channels. The rows of x that the strips need pass one after the other through a ring in shared
+// memory, copied there several rows ahead, each element once a block, and with zeros for the columns that x does not
+// have; behind the last row of some images come, without a pause, those of the images that the block makes next.
 //
-// A thread brings a row of its strip into registers, where the weights are too, and meets it with all rows of outputs that
-// need it; a row of outputs is stored as soon as its last row of x has been there. Sums are in the order in which they
-// need the row. At stride 1 each moves on by one place a row, which its first multiplication does without a move, so that
-// one row is all the code. (Unrolled until sums in fixed places come around, code outgrows the instruction cache; with
-// branches around what no output of the block needs, the compiler adds a move for every sum.)
+// A thread brings a row of its strip into registers, where the weights are too, and meets it with all rows of outputs
+// that need it; a row of outputs is stored as soon as its last row of x has been there. Sums are in the order in
+// which they need the row. At stride 1 each moves on by one place a row, which its first multiplication does without
+// a move, so that one row is all the code. (Unrolled until sums in fixed places come around, code outgrows the
+// instruction cache; with branches around what no output of the block needs, the compiler adds a move for every sum.)
 //
-// Rows of x in the padding are passed over, and columns too where a strip is as wide as y. Padding is a zero that takes
-// part all the same: where a weight of the block is not finite, outputs for which it met padding become NaN in the end.
+// Rows of x in the padding are passed over, and columns too where a strip is as wide as y. Padding is a zero that
+// takes part all the same: where a weight of the block is not finite, outputs for which it met padding become NaN in
+// the end.
 //
 // Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which
-// bounds the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS (vectors
-// of a block); COLUMNS (of a strip); STAGES (rows of the ring); COPY (bytes of a copy: they divide a pixel's and a block's
-// channels, and x starts at a multiple of them); COPIES (of a thread and row); STRIDE_H, STRIDE_W (of the strip, see
-// below); DILATED; EXACT (all columns of every strip exist); TURNS (whether a block makes images in several turns); WIDTH
-// (of x, where a strip is as wide as y and this is known, or 0) and LEFT (then the padding before it).
+// bounds the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS
+// (vectors of a block); COLUMNS (of a strip); STAGES (rows of the ring); COPY (bytes of a copy: they divide a pixel's
+// and a block's channels, and x starts at a multiple of them); COPIES (of a thread and row); STRIDE_H, STRIDE_W (of
+// the strip, see below); DILATED; EXACT (all columns of every strip exist); TURNS (whether a block makes images in
+// several turns); WIDTH (of x, where a strip is as wide as y and this is known, or 0) and LEFT (then the padding
+// before it).
 //
-// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A strip of rows so
-// far apart is one of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise; a
-// block then has all columns of an image.
+// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A strip of rows
+// so far apart is one of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns
+// likewise; a block then has all columns of an image.
 #include "channels_last.cuh"
 #include "numbers.cuh"
 
