@@ -113,8 +113,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
     grid = (-(-g.K // tile.channels) * column_blocks, row_items, -(-g.N // (tile.images * tile.turns)))
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
-    # What the kernel counts in 32-bit integers: elements from a block's first image to its last, from a row of x or y to
-    # the next, and pixels, which it divides.
+    # What the kernel counts in 32-bit integers: elements from a block's first image to its last, from a row of x or y
+    # to the next, and pixels, which it divides.
     apart = max(tile.spacing[0] * g.Q, g.dilation[0] * g.W) * g.K
     if max(((tile.images - 1) * g.H + 1) * g.W * g.K, apart, 2 * pixels * tile.channels) > MAX_GRID[0]:
         raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
