@@ -1,27 +1,32 @@
-// Depthwise convolution, channels-last (NHWC in memory), rows of x staged in shared memory: forward, and the gradient of the
-// input at stride 1, which is the convolution of dy with the kernel turned around.
+// Depthwise convolution, channels-last (NHWC in memory), rows of x staged in shared memory: forward, and the gradient
+// of the input at stride 1, which is the convolution of dy with the kernel turned around.
 //
-// A block makes strips of columns of a few images, all at the same rows, of some neighbouring channels; a thread one strip of
-// a vector of channels. The rows of x that the strips need pass one after the other through a ring in shared memory, copied
-// there several rows ahead, each element once a block, and with zeros for the columns that x does not have; behind the last
-// row of some images come, without a pause, those of the images that the block makes next. A thread brings
-// a row of its strip into registers and meets it with all rows of outputs that need it, whose sums are a ring in registers;
-// a row of outputs is stored as soon as its last row of x has been there. The weights are in registers too.
+// A block makes strips of columns of a few images, all at the same rows, of some neighbouring channels; a thread one
+// strip of a vector of channels. The rows of x that the strips need pass one after the other through a ring in shared
+// memory, copied there several rows ahead, each element once a block, and with zeros for the columns that x does not
+// have; behind the last row of some images come, without a pause, those of the images that the block makes next.
 //
-// Rows of x in the padding are passed over, and so is what would meet rows of outputs outside of the block; columns too, where
-// a strip is as wide as y. Padding is a zero that takes part all the same: where a weight of the block is not finite, the outputs
-// for which it met padding are made NaN in the end.
+// A thread brings a row of its strip into registers, where the weights are too, and meets it with all rows of outputs
+// that need it; a row of outputs is stored as soon as its last row of x has been there. Sums are in the order in
+// which they need the row. At stride 1 each moves on by one place a row, which its first multiplication does without
+// a move, so that one row is all the code. (Unrolled until sums in fixed places come around, code outgrows the
+// instruction cache; with branches around what no output of the block needs, the compiler adds a move for every sum.)
 //
-// Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds
-// the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS (vectors of a
-// block); COLUMNS (of a strip); STAGES (rows of the ring); COPY (bytes of a copy: they divide a pixel's and a block's channels,
-// and x starts at a multiple of them); COPIES (of a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED;
-// EXACT (all columns of every strip exist); TURNS (whether a block makes images in several turns); WIDTH (of x, where a strip is as wide as y and this is known, or 0) and LEFT (then
-// the padding before it).
+// Rows of x in the padding are passed over, and columns too where a strip is as wide as y. Padding is a zero that
+// takes part all the same: where a weight of the block is not finite, outputs for which it met padding become NaN in
+// the end.
 //
-// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A strip of rows so far
-// apart is one of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise; a block then
-// has all columns of an image.
+// Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which
+// bounds the registers); VECTOR (channels of a thread: they divide K, and y starts at a multiple of them); GROUPS
+// (vectors of a block); COLUMNS (of a strip); STAGES (rows of the ring); COPY (bytes of a copy: they divide a pixel's
+// and a block's channels, and x starts at a multiple of them); COPIES (of a thread and row); STRIDE_H, STRIDE_W (of
+// the strip, see below); DILATED; EXACT (all columns of every strip exist); TURNS (whether a block makes images in
+// several turns); WIDTH (of x, where a strip is as wide as y and this is known, or 0) and LEFT (then the padding
+// before it).
+//
+// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A strip of rows
+// so far apart is one of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns
+// likewise; a block then has all columns of an image.
 #include "channels_last.cuh"
 #include "numbers.cuh"
 
@@ -53,7 +58,7 @@ constexpr int kChannels = kGroups * kVector;
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
 // Rows of outputs on the way: place k is of the one whose next kernel row is k * kStrideH or one of those behind it.
 constexpr int kPlaces = (kR + kStrideH - 1) / kStrideH;
-// At stride 1 sums move on to the next place at every row of x, in the first multiplication.
+// At stride 1 sums move on to the next place at every row of x, in their first multiplication.
 constexpr bool kMoving = kStrideH == 1;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
 constexpr int kPieces = kChannels / kPiece;
@@ -62,7 +67,9 @@ static_assert(kStages >= 2, "a row is copied while another is read");
 static_assert(kChannels % kPiece == 0, "a pixel of a block is whole copies");
 
 // Whether column j of what a strip needs is copied, or else known to be padding.
-__device__ __forceinline__ constexpr bool column_copied(int j) { return kWidth == 0 || (kLeft <= j && j < kLeft + kWidth); }
+__device__ __forceinline__ constexpr bool column_copied(int j) {
+  return kWidth == 0 || (kLeft <= j && j < kLeft + kWidth);
+}
 
 struct Parameters {
   int N, K;
@@ -198,15 +205,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const auto go = [&] {
     Sum sum[kPlaces][kColumns][kVector];
-    const auto begin = [&](int place, bool before) {
+    // A place takes over the sums of the one before it, and place 0 begins a row of outputs.
+    const auto take_over = [&](int place) {
 #pragma unroll
       for (int v = 0; v < kColumns; ++v)
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) sum[place][v][e] = before ? sum[max(place - 1, 0)][v][e] : start[e];
+        for (int e = 0; e < kVector; ++e) sum[place][v][e] = place > 0 ? sum[max(place - 1, 0)][v][e] : start[e];
     };
     const auto move_on = [&] {
 #pragma unroll
-      for (int place = kPlaces - 1; place >= 0; --place) begin(place, place > 0);
+      for (int place = kPlaces - 1; place >= 0; --place) take_over(place);
     };
     const auto store = [&] {
       result = ptx::as_it_is(result);
@@ -217,8 +225,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       result += spacing_h * g.Q * g.K;
     };
 #pragma unroll
-    for (int place = 0; place < kPlaces; ++place) begin(place, false);
-    // Row t of outputs begins, or would, in place 0; that of place k is t - k.
+    for (int place = 0; place < kPlaces; ++place) take_over(place);
+    // Row t of outputs begins, or would, in place 0; that of place k is t - k. Before x there are only zeros to meet.
     int t = 0;
     for (; t < before; ++t)
       if (t >= kPlaces - 1) store();
@@ -245,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           for (int place = kPlaces - 1; place >= 0; --place) {
             const int r = place * kStrideH + phase;
             if (r >= kR) continue;
-            if (kMoving) begin(place, place > 0);
+            if (kMoving) take_over(place);
 #pragma unroll
             for (int s = 0; s < kS; ++s)
 #pragma unroll

@@ -198,9 +198,7 @@ def suits(variant, direction, g, dtype):
         return nchw and not few_taps and dense and (forward or not multiplied)
     if variant == "channels_last_staged":
         words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
-        top, below = g.padding[0][0], (g.P - 1) * g.stride[0] - g.padding[0][0] - g.H + 1
-        met = top <= (g.R - 1) * g.dilation[0] and below <= 0 if forward else g.stride == (1, 1)
-        return not nchw and few_taps and words and not multiplied and met
+        return not nchw and few_taps and words and not multiplied and (forward or g.stride == (1, 1))
     assert variant == "channels_last"
     simple = g.stride == (1, 1) or (max(g.stride) <= 2 and g.dilation == (1, 1))
     return not nchw and few_taps and (forward or (simple and not multiplied))
