@@ -31,9 +31,9 @@ _MAX_THREADS = 512
 # Registers of a multiprocessor, and of a thread: more than the latter spill.
 _REGISTERS, _MAX_REGISTERS = 65536, 255
 _STAGES = 2
-# On an H200 these chunks of dy a warp and planes a block were fastest among 30 to 200 tiles a case: the former while 128
-# registers a thread are enough, then the latter. 3x3 on 14x14 took 19.0 us so and 20.6 with one plane and 4 chunks; 5x5 on
-# 7x7 13.3 and 14.2 with two planes and 4 chunks.
+# On an H200 these chunks of dy a warp and planes a block were fastest among 30 to 200 tiles a case: the former while
+# 128 registers a thread are enough, then the latter. 3x3 on 14x14 took 19.0 us so and 20.6 with one plane and 4 chunks;
+# 5x5 on 7x7 13.3 and 14.2 with two planes and 4 chunks.
 _MANY, _FEW = (7, 4), (4, 1)
 _REGISTERS_OF_MANY = 136
 # Chunks of x that a chunk of dy meets: 7x7 on 14x14, which has 13, takes 34.1 us, and depthwise_wgrad_diagonals 30.0;
