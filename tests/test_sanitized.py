@@ -19,6 +19,8 @@ GEOMETRIES = (
     "planes_together",
     "images_together",
     "large_kernel-",
+    "7x7_planes",
+    "columns_of_padding",
 )
 CHOSEN = f"hostcuda and ((float16 and ({' or '.join(GEOMETRIES)})) or (test_runs and small_planes))"
 FILES = [f"tests/test_{name}.py" for name in ("depthwise", "depthwise_dgrad", "depthwise_wgrad", "tile_kinds")]

@@ -30,6 +30,8 @@ _MAX_TAPS = 64
 _MAX_THREADS = 512
 # Registers of a multiprocessor, and of a thread: more than the latter spill.
 _REGISTERS, _MAX_REGISTERS = 65536, 255
+# Blocks of a multiprocessor.
+_MAX_BLOCKS = 32
 _STAGES = 2
 # On an H200 these chunks of dy a warp and planes a block were fastest among 30 to 200 tiles a case: the former while
 # 128 registers a thread are enough, then the latter. 3x3 on 14x14 took 19.0 us so and 20.6 with one plane and 4 chunks;
@@ -67,7 +69,7 @@ class Tile:
         """That the registers of a multiprocessor are enough for, which the compiler is held to. Each of its four
         schedulers has a quarter of them."""
         warps = _REGISTERS // (4 * 32 * -(-self.registers // 8) * 8) * 4
-        return min(2048, 32 * warps) // self.threads
+        return min(_MAX_BLOCKS, 32 * warps // self.threads)
 
     def blocks(self, target: Target) -> int:
         """That a multiprocessor holds at once."""
