@@ -52,7 +52,7 @@ constexpr int kStep = 16;
 constexpr int kXPitch = (kXChunks | 1) * kChunk;
 constexpr int kDyPitch = (kDyChunks | 1) * kChunk;
 // Chunks that a thread loads before it stores them.
-constexpr int kBatch = kPairs * bits_of(kApart) > 8 ? 2 : 4;
+constexpr int kBatch = 2 * kPairs * bits_of(kApart) + kDyChunks > 20 ? 2 : 4;
 
 constexpr int kOffsets = bits_of(kApart);
 // Sums of a lane: four a product of a pair and an offset, and those of dbias.

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
-from cuconv.plan import base, channels_last, channels_last_staged, runs, tiles, toeplitz
+from cuconv.plan import base, channels_last, channels_last_staged, runs, tiles, toeplitz, wgrad_diagonals
 
 H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
 
@@ -577,6 +577,36 @@ def test_the_number_of_toeplitz_variants_is_bounded():
     assert seen.pop("STRIDE_H") <= {1, 2, 3}
     assert seen.pop("VECTOR") <= {1, 2, 4, 8}
     assert all(len(values) <= 2 for values in seen.values()), choices
+
+
+@pytest.mark.parametrize("variant", ["diagonals", "pairs"])
+def test_the_number_of_variants_of_wgrad_on_tensor_cores_is_bounded(variant):
+    rng = np.random.default_rng(7)
+    seen = {}
+    for _ in range(400):
+        n, h, w, R, S = (int(v) for v in rng.integers(1, (70, 17, 17, 8, 8)))
+        scale = 1 if variant == "pairs" else int(rng.integers(1, 7))
+        kernel = (R, S) if variant == "pairs" else (R * scale, S)
+        padding = tuple(((taps - 1) // 2, taps // 2) for taps in kernel)
+        g = geometry((n, 8 * scale, h * scale, w * scale), (8 * scale, 1, *kernel), padding=padding)
+        chosen, _ = plan_or_reason(plan.depthwise_wgrad, g, "float16", True, H200, variant)
+        for name, value in chosen.sums.defines if chosen is not None else ():
+            seen.setdefault(name, set()).add(value)
+    assert seen.pop("THREADS") <= {32 * warps for warps in range(1, 17)}
+    assert seen.pop("BLOCKS") <= set(range(1, 33))
+    if variant == "diagonals":
+        assert seen.pop("VECTOR") <= {1, 2, 4, 8}
+        assert seen.pop("PAIRS") <= set(range(1, max(wgrad_diagonals._PAIRS) + 1))
+        assert seen.pop("X_CHUNKS") | seen.pop("DY_CHUNKS") <= set(range(1, wgrad_diagonals._MAX_CHUNKS + 1))
+        assert seen.pop("FIRST") <= {-1, 0}
+        assert max(seen.pop("APART")).bit_length() <= 3
+    else:
+        assert seen.pop("R") | seen.pop("S") <= set(range(1, 9))
+        assert seen.pop("CHUNKS") <= {1, 2, 3, 4, 5, 6, 7}
+        assert seen.pop("PLANE_CHUNKS") <= set(range(1, 34))
+        assert seen.pop("FIRST") <= set(range(-8, 1))
+        assert seen.pop("OFFSETS") <= set(range(1, 17))
+    assert all(len(values) <= 2 for values in seen.values()), seen
 
 
 def test_the_number_of_tiles_variants_is_bounded():

@@ -21,6 +21,8 @@ GEOMETRIES = (
     "large_kernel-",
     "7x7_together",
     "16x8_dilated_alike",
+    "7x7_planes",
+    "columns_of_padding",
 )
 CHOSEN = f"hostcuda and ((float16 and ({' or '.join(GEOMETRIES)})) or (test_runs and small_planes))"
 FILES = [f"tests/test_{name}.py" for name in ("depthwise", "depthwise_dgrad", "depthwise_wgrad", "tile_kinds")]

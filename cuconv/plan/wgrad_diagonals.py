@@ -31,6 +31,8 @@ _MAX_CHUNKS = 16
 _PAIRS = (4, 8)
 # Sums of a lane.
 _MAX_SUMS = 112
+# Blocks and registers of a multiprocessor.
+_MAX_BLOCKS, _REGISTERS = 32, 65536
 _PLANES = (1, 2, 4)
 _IMAGES = (1, 2, 3, 4, 6, 8, 16, 32)
 _PARTS = (1, 2, 4, 7, 8)
@@ -106,8 +108,8 @@ class Tile:
     def blocks_of_registers(self) -> int:
         """That the registers of a multiprocessor are enough for, which the compiler is held to. Each of its four
         schedulers has a quarter of them."""
-        warps = 65536 // (4 * 32 * -(-self.registers // 8) * 8) * 4
-        return max(1, min(2048, 32 * warps) // self.threads)
+        warps = _REGISTERS // (4 * 32 * -(-self.registers // 8) * 8) * 4
+        return max(1, min(_MAX_BLOCKS, 32 * warps // self.threads))
 
     def blocks(self, target: Target) -> int:
         """That a multiprocessor holds at once."""

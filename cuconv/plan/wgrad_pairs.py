@@ -30,11 +30,13 @@ _MAX_TAPS = 64
 _MAX_THREADS = 512
 # Registers of a multiprocessor, and of a thread: more than the latter spill.
 _REGISTERS, _MAX_REGISTERS = 65536, 255
+# Blocks of a multiprocessor.
+_MAX_BLOCKS = 32
 _STAGES = 2
-# On an H200 these were fastest among 30 to 200 tiles a case: four planes a block and 7 chunks of dy a warp, while 128
-# registers a thread are enough; then one plane, 4 chunks, and as many more images at a time. 3x3 on 14x14 took 19.0
-# us so and 20.6 with one plane and 4 chunks; 5x5 on 7x7 12.6 and 14.2 with two and 4.
-_MANY, _FEW = (7, 4, _STEP), (4, 1, 2 * _STEP)
+# On an H200 these chunks of dy a warp and planes a block were fastest among 30 to 200 tiles a case: the former while
+# 128 registers a thread are enough, then the latter. 3x3 on 14x14 took 19.0 us so and 20.6 with one plane and 4 chunks;
+# 5x5 on 7x7 13.3 and 14.2 with two planes and 4 chunks.
+_MANY, _FEW = (7, 4), (4, 1)
 _REGISTERS_OF_MANY = 136
 # Chunks of x that a chunk of dy meets: 7x7 on 14x14, which has 13, takes 34.1 us, and depthwise_wgrad_diagonals 30.0;
 # 5x5 there has 9, and takes 30.2 and 37.2.
@@ -67,7 +69,7 @@ class Tile:
         """That the registers of a multiprocessor are enough for, which the compiler is held to. Each of its four
         schedulers has a quarter of them."""
         warps = _REGISTERS // (4 * 32 * -(-self.registers // 8) * 8) * 4
-        return min(2048, 32 * warps) // self.threads
+        return min(_MAX_BLOCKS, 32 * warps // self.threads)
 
     def blocks(self, target: Target) -> int:
         """That a multiprocessor holds at once."""
@@ -180,9 +182,11 @@ def _offsets(g: Conv2dGeometry) -> tuple[int, int]:
 
 def tiles(g: Conv2dGeometry, bias: bool) -> Iterator[Tile]:
     """The preferred tile first; then those with fewer planes and chunks, which need less."""
-    chunks, planes, images = _MANY
-    if make_tile(g, bias, chunks, 1, images).registers > _REGISTERS_OF_MANY:
-        chunks, planes, images = _FEW
+    chunks, planes = _MANY
+    if make_tile(g, bias, chunks, 1, _STEP).registers > _REGISTERS_OF_MANY:
+        chunks, planes = _FEW
+    # 3x3 took 10.3 us of 32 images on 7x7 and 10.7 of 16; on 14x14 these were four planes' fastest, 19.0 and 19.3.
+    images = _STEP if planes * g.H * g.W > 512 else 2 * _STEP
     while planes > 1:
         yield make_tile(g, bias, chunks, planes, images)
         planes //= 2
