@@ -333,12 +333,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
             for (int j = 0; j < kSpan; ++j)
               if (column_copied(j)) load_widened<kVector>(from + (j - kLeft) * unit_w * kChannels, true, value[j]);
-            if (kRuns && within(edge, kSpan)) {
+            if (kRuns && edge >= 0) {
 #pragma unroll
               for (int j = 0; j < kSpan; ++j)
 #pragma unroll
                 for (int e = 0; e < kVector; ++e)
-                  if (j == edge) value[j][e] = 0;
+                  if (j <= edge) value[j][e] = 0;
             }
 #pragma unroll
             for (int before = 0; before < kRing; ++before) {

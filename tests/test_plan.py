@@ -465,6 +465,8 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
 
     plans = []
     for variant, make in product(VARIANTS, PASSES):
+        if variant == "channels_last_staged":
+            continue  # a variant of wgrad alone
         kernel = (9, 9) if variant == "tiles" else (3, 3)
         g = geometry((2, 3, 9, 9), (3, 1, *kernel), padding=4, channels_last=variant == "channels_last")
         plans.append(make(g, "float16", H200, variant))

@@ -35,8 +35,8 @@ _MAX_THREADS = 512
 _MAX_REGISTERS = 232
 # Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
 _MAX_PRODUCTS = 2800
-# What a stage of shared memory ends with, kWords of the kernel; and of what it is a multiple, so that a line of memory is
-# not copied to parts of two.
+# What a stage of shared memory ends with, kWords of the kernel; and of what it is a multiple, so that a line of memory
+# is not copied to parts of two.
 _WORD_BYTES, _LINE_BYTES = 8, 128
 # At larger strides neighbouring columns share little.
 _MAX_STRIDE = 2
