@@ -18,7 +18,8 @@
 // THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a thread: they divide K);
 // GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of a copy: they divide a pixel's
 // and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of a thread and row); STRIDE_H,
-// STRIDE_W (of the strip, see below); DILATED; RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
+// STRIDE_W (of the strip, see below); DILATED; KEPT (turns that stay in shared memory: one, or as many as rows of dy meet a row
+// of x, which are read there again and again in place of a ring in registers; the code of one turn is then all); RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
 // (then the padding before it).
 //
 // Pixels that are no whole copies: a block of all channels may copy what its columns are of a row, which is one run of
@@ -51,6 +52,7 @@ constexpr int kDyCopies = CUCONV_DY_COPIES;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
+constexpr int kKept = CUCONV_KEPT;
 constexpr bool kRuns = CUCONV_RUNS;
 constexpr int kWidth = CUCONV_WIDTH;
 constexpr int kLeft = CUCONV_LEFT;
@@ -61,8 +63,13 @@ constexpr int kEntries = kTaps + kBias;
 constexpr int kChannels = kGroups * kVector;
 // Columns of x that a strip needs, in units of the dilation.
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
-// Rows of dy that one row of x meets: as many turns are unrolled, so that the ring's registers are known at compile time.
+// Rows of dy that one row of x meets; a ring of them in registers has as many turns unrolled, so that these are known at
+// compile time.
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
+constexpr bool kAgain = kKept > 1;
+constexpr int kUnrolled = kAgain ? 1 : kRing;
+// Turns on their way.
+constexpr int kAhead = kStages - kKept;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
 constexpr int kPieces = kRuns ? 1 : kChannels / kPiece;
 // What a stage ends with: a word of what the turn brings and one of phases.
@@ -78,7 +85,8 @@ static_assert(kImagesBit <= 20, "up to 2^11 images");
 constexpr int kPhaseBits = 3;
 static_assert(!kRuns || (kCopy == 16 && !kDilated && kPhaseBits * (kStrideH + 1) <= 32));
 
-static_assert(kStages >= 2, "a turn is copied while another is read");
+static_assert(kAhead >= 1, "a turn is copied while another is read");
+static_assert(!kAgain || (kKept == kRing && !kRuns));
 static_assert(kRuns || kChannels % kPiece == 0, "a pixel of a block is whole copies");
 static_assert(kStrideH <= kR, "of a longer stride only the first kernel's worth of rows meets dy");
 
@@ -280,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::copy_async_commit();
   };
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) copy(i * stage_size);
+  for (int i = 0; i < kAhead; ++i) copy(i * stage_size);
 
   const int strip = thread / kGroups;
   const int group = thread - strip * kGroups;
@@ -293,17 +301,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   Sum sum[kR][kS][kVector] = {};
   Sum bias_sum[kVector] = {};
-  Sum gradient[kRing][kColumns][kVector] = {};
-  // The stage that is read, and the one before, which is free for the next turn; the thread's place in what is read, kept
-  // rather than made anew.
+  Sum gradient[kUnrolled][kColumns][kVector] = {};
+  // The stage that is read, and the one that is free for the next turn; the thread's place in what is read, kept rather than
+  // made anew.
   int stage = 0;
-  int free_stage = (kStages - 1) * stage_size;
+  int free_stage = kAhead * stage_size;
   int own_x = lead + (image * g.x_pixels + own_column - missing) * kChannels + group * kVector;
   // Of runs, the column of the strip's that is the last before the first of x.
   const int edge = missing - 1 - own_column;
   int own_dy = (image * g.dy_pixels + q - first_q) * kChannels + group * kVector;
   const auto next_turn = [&] {
-    ptx::copy_async_wait<kStages - 2>();
+    ptx::copy_async_wait<kAhead - 1>();
     __syncthreads();
     return word_of(stage, 0);
   };
@@ -311,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     uint32 turn = next_turn();
     while (turn != 0) {
 #pragma unroll
-      for (int u = 0; u < kRing; ++u) {
+      for (int u = 0; u < kUnrolled; ++u) {
         if (u > 0 && turn == 0) return;
         copy(free_stage);
         const uint32 phases = kRuns ? word_of(stage, 1) : 0;
@@ -344,7 +352,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
             for (int before = 0; before < kRing; ++before) {
               const int r = a + before * kStrideH;
               if (r >= kR || !(turn >> before & 1)) continue;
-              const int place = (u + kRing - before) % kRing;
+              Sum earlier[kColumns][kVector];
+              if (kAgain && before > 0) {
+                const int back = before * stage_size;
+                const T* const row = of_dy + own_dy + (stage < back ? kStages * stage_size : 0) - back;
+#pragma unroll
+                for (int v = 0; v < kColumns; ++v)
+                  load_widened<kVector>(row + v * spacing_w * kChannels, true, earlier[v]);
+              }
+              const auto& row = kAgain && before > 0 ? earlier : gradient[(u + kUnrolled - before % kUnrolled) % kUnrolled];
 #pragma unroll
               for (int v = 0; v < kColumns; ++v)
 #pragma unroll
@@ -352,12 +368,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                   if (!column_copied(v * kStrideW + s)) continue;
 #pragma unroll
                   for (int e = 0; e < kVector; ++e)
-                    sum[r][s][e] = fma(value[v * kStrideW + s][e], gradient[place][v][e], sum[r][s][e]);
+                    sum[r][s][e] = fma(value[v * kStrideW + s][e], row[v][e], sum[r][s][e]);
                 }
             }
           }
         }
-        free_stage = stage;
+        free_stage = free_stage == (kStages - 1) * stage_size ? 0 : free_stage + stage_size;
         const int step = stage == (kStages - 1) * stage_size ? -stage : stage_size;
         stage += step;
         own_x += step;

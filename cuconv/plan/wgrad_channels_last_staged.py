@@ -38,6 +38,8 @@ _MAX_PRODUCTS = 2800
 # What a stage of shared memory ends with, kWords of the kernel; and of what it is a multiple, so that a line of memory
 # is not copied to parts of two.
 _WORD_BYTES, _LINE_BYTES = 8, 128
+# Fewer rows of dy are a ring in registers.
+_AGAIN_ROWS = 4
 # At larger strides neighbouring columns share little.
 _MAX_STRIDE = 2
 
@@ -62,6 +64,7 @@ class Tile:
     stride: Pair
     spacing: Pair
     runs: bool = False
+    again: bool = False
 
     @property
     def channels(self) -> int:
@@ -132,6 +135,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("DY_COPIES", _copies(tile, dy_size, size)),
             ("STRIDE_H", tile.stride[0]),
             ("STRIDE_W", tile.stride[1]),
+            ("KEPT", _ring(g, tile) if tile.again else 1),
             ("RUNS", int(tile.runs)),
             ("DILATED", int(g.dilation != (1, 1))),
             ("WIDTH", g.W if whole else 0),
@@ -188,7 +192,7 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     if g.Q not in columns_choices and _narrow(g):
         columns_choices.append(g.Q)
     piece = copy // size
-    for columns, vector in product(columns_choices, vectors):
+    for columns, vector, again in product(columns_choices, vectors, (False, True)):
         thread = Tile(
             vector=vector,
             groups=1,
@@ -201,16 +205,19 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
             copy=copy,
             stride=(stride[0], stride[1] if columns > 1 else 1),
             spacing=(spacing[0], spacing[1] if columns > 1 else 1),
+            again=again,
         )
+        if again and _ring(g, thread) < _AGAIN_ROWS:
+            continue
         registers = _registers(g, thread)
-        products = g.R * g.S * columns * vector * _ring(g, thread)
+        products = g.R * g.S * columns * vector * (1 if again else _ring(g, thread))
         if (columns, vector) != (1, 1) and (registers > _MAX_REGISTERS or products > _MAX_PRODUCTS):
             continue
         shapes = [] if copy < 4 else list(_shapes(g, thread, _channel_choices(g.K, piece)))
-        if copy < VECTOR_BYTES and aligned and not dilated and g.K // vector <= _MAX_THREADS:
+        if copy < VECTOR_BYTES and aligned and not dilated and not again and g.K // vector <= _MAX_THREADS:
             shapes += _shapes(g, replace(thread, copy=VECTOR_BYTES, runs=True), [g.K])
         for shape, stages in product(shapes, _STAGES):
-            tile = replace(shape, stages=stages)
+            tile = replace(shape, stages=stages + (_ring(g, thread) - 1 if again else 0))
             shared = _shared_bytes(g, dtype, bias, tile)
             if shared > target.shared_per_block - SHARED_RESERVE:
                 continue
@@ -325,7 +332,8 @@ def _copies(tile: Tile, elements: int, size: int) -> int:
 def _registers(g: Conv2dGeometry, tile: Tile) -> int:
     """Registers that a thread is to have."""
     span = g.W if _whole(g, tile) else _span(g, tile)
-    values = g.R * g.S + 1 + _ring(g, tile) * tile.columns + span
+    rows = 2 if tile.again else _ring(g, tile)
+    values = g.R * g.S + 1 + rows * tile.columns + span
     return min(255, -(-(values * tile.vector + 44) // 8) * 8)
 
 
