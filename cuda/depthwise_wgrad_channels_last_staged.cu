@@ -153,13 +153,18 @@ __device__ __forceinline__ void find_copies(int (&copied)[kCopies], T* stage, in
 // Copies a run of `count` elements to somewhere in the first 16 bytes at `to`, where `size` elements have room, and zeros
 // behind it: where is what it returns.
 template <int kCopies>
-__device__ __forceinline__ uint32 copy_run(T* to, const T* from, int count, int size) {
-  const uint32 phase = reinterpret_cast<uint64>(from) % 16 / sizeof(T);
+__device__ __forceinline__ int copy_run(T* to, const T* from, int count, int size) {
+  const int phase = static_cast<int>(reinterpret_cast<uint64>(from) % 16 / sizeof(T));
+  const T* const source = from - phase;
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
     const int first = (i * kThreads + static_cast<int>(threadIdx.x)) * kPiece;
-    const int left = (static_cast<int>(phase) + count - first) * static_cast<int>(sizeof(T));
-    if (first < size) ptx::copy_async_part(to + first, from - phase + first, min(max(left, 0), 16));
+    const int left = phase + count - first;
+    // Hardly any are copied in part, which takes many more instructions.
+    if (left >= kPiece)
+      ptx::copy_async<16>(to + first, source + first);
+    else if (first < size)
+      ptx::copy_async_part(to + first, source + first, max(left, 0) * static_cast<int>(sizeof(T)));
   }
   return phase;
 }
