@@ -201,3 +201,32 @@ def test_compiles_without_spills(case, architecture):
         chosen = plan.depthwise_wgrad(g, dtype, bias, target, "channels_last_staged").sums
         resources = kernels.compile_only(chosen, architecture)
         assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+
+
+def test_the_default_and_where_it_is_another():
+    g = nhwc_geometry((16, 64, 56, 56), (64, 1, 3, 3))
+    odd = nhwc_geometry((16, 67, 56, 56), (67, 1, 3, 3))
+    for dtype in ("float16", "bfloat16", "float32"):
+        for chosen in (g, odd):
+            source = plan.depthwise_wgrad(chosen, dtype, True, plan.TARGETS[90]).source
+            assert source == "depthwise_wgrad_channels_last_staged"
+    others = [
+        (g, "float32", plan.TARGETS[75], True, "needs compute capability 8.0, and the device has 7.5"),
+        (g, "float64", plan.TARGETS[90], True, "takes no float64"),
+        (g, "float16", plan.TARGETS[90], False, "copies words of 4 bytes"),
+        (
+            nhwc_geometry((2, 32, 9, 9), (64, 1, 3, 3)),
+            "float32",
+            plan.TARGETS[90],
+            True,
+            "takes multiplier 1, and has 2",
+        ),
+    ]
+    for geometry, dtype, target, aligned, reason in others:
+        chosen = plan.depthwise_wgrad(geometry, dtype, True, target, aligned=aligned)
+        assert chosen.source == "depthwise_wgrad_channels_last"
+        with pytest.raises(plan.Unsuitable, match=f"variant channels_last_staged: {reason}"):
+            plan.depthwise_wgrad(geometry, dtype, True, target, "channels_last_staged", aligned)
+    many_taps = nhwc_geometry((2, 3, 40, 40), (3, 1, 9, 9))
+    with pytest.raises(plan.Unsuitable, match=r"takes at most 64 taps.*9 x 9"):
+        plan.depthwise_wgrad(many_taps, "float32", True, plan.TARGETS[90], "channels_last_staged")

@@ -29,7 +29,7 @@ _COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2, 1)
 # Of narrow outputs a strip may be as wide as they are: which columns are padding is then known at compile time.
 _MAX_WIDTH = 16
 _STAGES = (3, 4, 6, 8)
-_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16)
+_IMAGES = (1, 2, 3, 4, 8, 16)
 _STRIPS = (1, 2, 3, 4, 6, 8, 12, 16)
 _MAX_THREADS = 512
 # Of a thread: beyond, the compiler spills.
@@ -190,6 +190,8 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
     vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
     columns_choices = [n for n in _COLUMNS if n == 1 or (stride[1] <= _MAX_STRIDE and (n - 1) * spacing[1] < g.Q)]
+    # Few columns share little, too.
+    columns_choices = [n for n in columns_choices if n >= 3] or columns_choices
     if g.Q not in columns_choices and _narrow(g):
         columns_choices.append(g.Q)
     piece = copy // size
@@ -242,21 +244,17 @@ def _shapes(g: Conv2dGeometry, thread: Tile, channel_choices: list[int]) -> Iter
         if channels % thread.vector or (images > 1 and (strips < column_items or images > g.N or thread.runs)):
             continue
         shape = replace(thread, groups=channels // thread.vector, strips=strips, images=images)
-        if shape.threads <= _MAX_THREADS and (shape.threads >= 64 or channels == channel_choices[-1]):
+        if shape.threads <= _MAX_THREADS and (shape.threads >= 96 or channels == channel_choices[-1]):
             yield shape
 
 
 def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> Iterator[Tile]:
-    """The tile with as many slabs as fill the device once, twice and by half, and with one; the slabs of any rows, and
-    of whole strips."""
+    """The tile with as many slabs as fill the device, of any rows and of whole strips, or half of it; and with one."""
     strip_rows, rows = _rows(g, tile)
     side_by_side = -(-g.K // tile.channels) * -(-_column_items(g, tile) // tile.strips)
-    choices = [rows]
-    for part in (2.0, 1.0, 0.5):
-        slabs = max(1, min(MAX_GRID[1], int(target.multiprocessors * tile.blocks * part) // side_by_side))
-        slab_rows = -(-rows // slabs)
-        choices += [slab_rows, -(-slab_rows // strip_rows) * strip_rows]
-    for slab_rows in dict.fromkeys(choices):
+    blocks = target.multiprocessors * tile.blocks
+    once, half = (-(-rows // max(1, min(MAX_GRID[1], n // side_by_side))) for n in (blocks, blocks // 2))
+    for slab_rows in {rows, once, *(-(-slab // strip_rows) * strip_rows for slab in (once, half))}:
         yield replace(tile, slab_rows=slab_rows)
 
 
@@ -271,7 +269,7 @@ def _narrow(g: Conv2dGeometry) -> bool:
 
 def _channel_choices(K: int, piece: int) -> list[int]:
     """Channels of a block: divisors of K, or what leaves few threads idle."""
-    whole = [n for n in range(piece, min(K, 256) + 1, piece) if K % n == 0 and n >= 16]
+    whole = [n for n in range(piece, min(K, 256) + 1, piece) if K % n == 0 and (16 <= n <= 128 or n == K)]
     some = [n for n in (32, 64, 128) if n < K and n % piece == 0]
     return sorted({*whole, *some}) or [-(-K // piece) * piece]
 
