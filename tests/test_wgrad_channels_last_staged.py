@@ -210,6 +210,7 @@ def test_the_default_and_where_it_is_another():
         for chosen in (g, odd):
             source = plan.depthwise_wgrad(chosen, dtype, True, plan.TARGETS[90]).source
             assert source == "depthwise_wgrad_channels_last_staged"
+    multiplied = nhwc_geometry((2, 32, 9, 9), (64, 1, 3, 3))
     others = [
         (g, "float32", plan.TARGETS[75], True, "needs compute capability 8.0, and the device has 7.5"),
         (g, "float64", plan.TARGETS[90], True, "takes no float64"),

@@ -192,7 +192,7 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     columns_choices = [n for n in _COLUMNS if n == 1 or (stride[1] <= _MAX_STRIDE and (n - 1) * spacing[1] < g.Q)]
     # Few columns share little, too.
     columns_choices = [n for n in columns_choices if n >= 3] or columns_choices
-    if g.Q not in columns_choices and _narrow(g):
+    if g.Q not in columns_choices and stride[1] <= _MAX_STRIDE and _narrow(g):
         columns_choices.append(g.Q)
     piece = copy // size
     for columns, vector, again in product(columns_choices, vectors, (False, True)):
