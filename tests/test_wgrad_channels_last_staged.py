@@ -215,13 +215,7 @@ def test_the_default_and_where_it_is_another():
         (g, "float32", plan.TARGETS[75], True, "needs compute capability 8.0, and the device has 7.5"),
         (g, "float64", plan.TARGETS[90], True, "takes no float64"),
         (g, "float16", plan.TARGETS[90], False, "copies words of 4 bytes"),
-        (
-            nhwc_geometry((2, 32, 9, 9), (64, 1, 3, 3)),
-            "float32",
-            plan.TARGETS[90],
-            True,
-            "takes multiplier 1, and has 2",
-        ),
+        (multiplied, "float32", plan.TARGETS[90], True, "takes multiplier 1, and has 2"),
     ]
     for geometry, dtype, target, aligned, reason in others:
         chosen = plan.depthwise_wgrad(geometry, dtype, True, target, aligned=aligned)
