@@ -1,35 +1,37 @@
-// Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), rows of x and dy staged in
-// shared memory.
+// Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), rows of x and dy staged
+// in shared memory.
 //
-// A block takes strips of columns of dy of a few images, all at the same rows, of some neighbouring channels; a thread one
-// strip of a vector of channels, of which it keeps R x S sums in registers through a whole slab. In one turn the block takes
-// one row of dy and the rows of x, a stride of them, that come new with it: they pass through a ring in shared memory, copied
-// there several turns ahead, each element once a block, with zeros for the columns that do not exist. A thread brings the rows
-// of its strip into registers, where rows of x meet the rows of dy of the last turns, which are a ring there. Behind its
-// last row the block goes on to the next images. In the end the sums of threads that share channels are added in a fixed
-// order; depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are several.
+// A block takes strips of columns of dy of a few images, all at the same rows, of some neighbouring channels; a thread
+// one strip of a vector of channels, of which it keeps R x S sums in registers through a whole slab. In one turn the
+// block takes one row of dy and the rows of x, a stride of them, that come new with it: they pass through a ring in
+// shared memory, copied there several turns ahead, each element once a block, with zeros for the columns that do not
+// exist. A thread brings the rows of its strip into registers, where rows of x meet the rows of dy of the last turns,
+// which are a ring there. Behind its last row the block goes on to the next images. In the end the sums of threads that
+// share channels are added in a fixed order; depthwise_wgrad_reduce does so with the partial sums of all slabs, where
+// there are several.
 //
-// Rows of x in the padding are passed over; columns too, where a strip is as wide as dy. Padding is a zero that takes part all
-// the same, and the zeros for missing columns of dy are not to: if a sum is not finite, the thread makes its sums once more,
-// plainly. That every other sum is what it should be follows from dbias, which is summed in any case and tells whether
-// all of dy was finite.
+// Rows of x in the padding are passed over; columns too, where a strip is as wide as dy. Padding is a zero that takes
+// part all the same, and the zeros for missing columns of dy are not to: if a sum is not finite, the thread makes its
+// sums once more, plainly. That every other sum is what it should be follows from dbias, which is summed in any case
+// and tells whether all of dy was finite.
 //
-// Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another launch);
-// THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a thread: they divide K);
-// GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of a copy: they divide a pixel's
-// and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of a thread and row); STRIDE_H,
-// STRIDE_W (of the strip, see below); DILATED; KEPT (turns that stay in shared memory: one, or as many as rows of dy meet a row
-// of x, which are read there again and again in place of a ring in registers; the code of one turn is then all); RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
-// (then the padding before it).
+// Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
+// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a
+// thread: they divide K); GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of
+// a copy: they divide a pixel's and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of
+// a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED; KEPT (turns that stay in shared memory:
+// one, or as many as there are rows of dy that meet a row of x, which are then read there again in place of a ring in
+// registers, and the code of one turn is all); RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this
+// is known, or 0) and LEFT (then the padding before it).
 //
 // Pixels that are no whole copies: a block of all channels may copy what its columns are of a row, which is one run of
-// memory. The run is copied from the last multiple of 16 bytes before it on, so that every row has a phase of its own in shared
-// memory, and zeros follow it. Before the first column of x are a few elements of the row above, which the thread that reads
-// them leaves out.
+// memory. The run is copied from the last multiple of 16 bytes before it on, so that every row has a phase of its own
+// in shared memory, and zeros follow it. Before the first column of x are a few elements of the row above, which the
+// thread that reads them leaves out.
 //
-// Dilation: rows of dy dilation / gcd(stride, dilation) apart need rows of x whole dilations apart. A strip of rows so far
-// apart is one of an undilated convolution of stride / gcd, in units of `dilation` rows of x. Columns likewise; a block then
-// has all columns of an image.
+// Dilation: rows of dy dilation / gcd(stride, dilation) apart need rows of x whole dilations apart. A strip of rows so
+// far apart is one of an undilated convolution of stride / gcd, in units of `dilation` rows of x. Columns likewise; a
+// block then has all columns of an image.
 #include "channels_last.cuh"
 #include "numbers.cuh"
 
@@ -63,8 +65,8 @@ constexpr int kEntries = kTaps + kBias;
 constexpr int kChannels = kGroups * kVector;
 // Columns of x that a strip needs, in units of the dilation.
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
-// Rows of dy that one row of x meets; a ring of them in registers has as many turns unrolled, so that these are known at
-// compile time.
+// Rows of dy that one row of x meets; a ring of them in registers has as many turns unrolled, so that these are known
+// at compile time.
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
 constexpr bool kAgain = kKept > 1;
 constexpr int kUnrolled = kAgain ? 1 : kRing;
@@ -75,8 +77,8 @@ constexpr int kPieces = kRuns ? 1 : kChannels / kPiece;
 // What a stage ends with: a word of what the turn brings and one of phases.
 constexpr int kWords = 2 * sizeof(uint32) / sizeof(T);
 
-// That word has a bit for each of the last kRing rows of dy, the newest first, whether it exists and belongs to this step;
-// for each new row of x; and the images from the step's first on, at most so many as a block takes.
+// That word has a bit for each of the last kRing rows of dy, the newest first, whether it exists and belongs to this
+// step; for each new row of x; and the images from the step's first on, at most so many as a block takes.
 // It is 0 behind the last turn.
 constexpr int kXBit = kRing;
 constexpr int kImagesBit = kXBit + kStrideH;
@@ -91,7 +93,9 @@ static_assert(kRuns || kChannels % kPiece == 0, "a pixel of a block is whole cop
 static_assert(kStrideH <= kR, "of a longer stride only the first kernel's worth of rows meets dy");
 
 // Whether column j of what a strip needs is copied, or else known to be padding.
-__device__ __forceinline__ constexpr bool column_copied(int j) { return kWidth == 0 || (kLeft <= j && j < kLeft + kWidth); }
+__device__ __forceinline__ constexpr bool column_copied(int j) {
+  return kWidth == 0 || (kLeft <= j && j < kLeft + kWidth);
+}
 
 struct Parameters {
   int N, K;
@@ -126,8 +130,8 @@ struct Walk {
   int images;       // that exist
 };
 
-// What the thread copies of a row: where it is in memory, from the block's first channel in column 0 of the first image on, or
-// -1. In all stages zeros take the place of what does not exist.
+// What the thread copies of a row: where it is in memory, from the block's first channel in column 0 of the first image
+// on, or -1. In all stages zeros take the place of what does not exist.
 template <int kCopies>
 __device__ __forceinline__ void find_copies(int (&copied)[kCopies], T* stage, int rows, int stage_size, int images,
                                             int pixels, uint32 pixels_magic, int first_column, int width, int plane,
@@ -150,8 +154,8 @@ __device__ __forceinline__ void find_copies(int (&copied)[kCopies], T* stage, in
   }
 }
 
-// Copies a run of `count` elements to somewhere in the first 16 bytes at `to`, where `size` elements have room, and zeros
-// behind it: where is what it returns.
+// Copies a run of `count` elements to somewhere in the first 16 bytes at `to`, where `size` elements have room, and
+// zeros behind it: where is what it returns.
 template <int kCopies>
 __device__ __forceinline__ int copy_run(T* to, const T* from, int count, int size) {
   const int phase = static_cast<int>(reinterpret_cast<uint64>(from) % 16 / sizeof(T));
@@ -170,8 +174,8 @@ __device__ __forceinline__ int copy_run(T* to, const T* from, int count, int siz
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_wgrad_channels_last_staged(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw, T* dbias,
-                                         const __grid_constant__ Parameters g) {
+    depthwise_wgrad_channels_last_staged(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw,
+                                         T* dbias, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int channel_block = static_cast<int>(blockIdx.x) / g.column_blocks;
@@ -226,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int a = 0; a < kStrideH; ++a)
         for (int i = thread; i < lead; i += kThreads) of_x[s * stage_size + a * g.x_size + i] = {};
   } else {
-    find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W, g.x_plane,
-                g.K - first_channel, g.K);
+    find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W,
+                g.x_plane, g.K - first_channel, g.K);
     find_copies(copied_dy, of_dy, 1, stage_size, g.images, g.dy_pixels, g.dy_pixels_magic, first_q, g.Q, g.dy_plane,
                 g.K - first_channel, g.K);
   }
@@ -307,8 +311,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   Sum sum[kR][kS][kVector] = {};
   Sum bias_sum[kVector] = {};
   Sum gradient[kUnrolled][kColumns][kVector] = {};
-  // The stage that is read, and the one that is free for the next turn; the thread's place in what is read, kept rather than
-  // made anew.
+  // The stage that is read, and the one that is free for the next turn; the thread's place in what is read, kept rather
+  // than made anew.
   int stage = 0;
   int free_stage = kAhead * stage_size;
   int own_x = lead + (image * g.x_pixels + own_column - missing) * kChannels + group * kVector;
@@ -328,7 +332,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         if (u > 0 && turn == 0) return;
         copy(free_stage);
         const uint32 phases = kRuns ? word_of(stage, 1) : 0;
-        const auto phase = [&](int row) { return static_cast<int>(phases >> kPhaseBits * row & ((1 << kPhaseBits) - 1)); };
+        const auto phase = [&](int row) {
+          return static_cast<int>(phases >> kPhaseBits * row & ((1 << kPhaseBits) - 1));
+        };
         if (columns > 0 && image < static_cast<int>(turn >> kImagesBit)) {
           if (turn & 1) {
 #pragma unroll
@@ -365,7 +371,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                 for (int v = 0; v < kColumns; ++v)
                   load_widened<kVector>(row + v * spacing_w * kChannels, true, earlier[v]);
               }
-              const auto& row = kAgain && before > 0 ? earlier : gradient[(u + kUnrolled - before % kUnrolled) % kUnrolled];
+              const int place = (u + kUnrolled - before % kUnrolled) % kUnrolled;
+              const auto& row = kAgain && before > 0 ? earlier : gradient[place];
 #pragma unroll
               for (int v = 0; v < kColumns; ++v)
 #pragma unroll

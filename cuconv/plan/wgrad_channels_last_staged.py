@@ -32,13 +32,17 @@ _STAGES = (3, 4, 6, 8)
 _IMAGES = (1, 2, 3, 4, 8, 16)
 _STRIPS = (1, 2, 3, 4, 6, 8, 12, 16)
 _MAX_THREADS = 512
-# Of a thread: beyond, the compiler spills.
-_MAX_REGISTERS = 232
+# Of a thread: beyond, the compiler spills, and it does so where small tiles are allowed fewer.
+_LEAST_REGISTERS, _MAX_REGISTERS = 96, 232
 # Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
 _MAX_PRODUCTS = 2800
 # What a stage of shared memory ends with, kWords of the kernel; and of what it is a multiple, so that a line of memory
 # is not copied to parts of two.
 _WORD_BYTES, _LINE_BYTES = 8, 128
+# What a turn brings is told by a bit for every row of dy that a row of x meets, and for every row of x: see kImagesBit.
+_MAX_BITS = 20
+# Rows of x of a turn that may have phases of their own: see kPhaseBits.
+_MAX_RUNS = 9
 # Fewer rows of dy are a ring in registers.
 _AGAIN_ROWS = 4
 # At larger strides neighbouring columns share little.
@@ -195,6 +199,7 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     if g.Q not in columns_choices and stride[1] <= _MAX_STRIDE and _narrow(g):
         columns_choices.append(g.Q)
     piece = copy // size
+    runs = copy < VECTOR_BYTES and aligned and not dilated and stride[0] <= _MAX_RUNS
     for columns, vector, again in product(columns_choices, vectors, (False, True)):
         thread = Tile(
             vector=vector,
@@ -210,14 +215,14 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
             spacing=(spacing[0], spacing[1] if columns > 1 else 1),
             again=again,
         )
-        if again and _ring(g, thread) < _AGAIN_ROWS:
+        if _ring(g, thread) + stride[0] > _MAX_BITS or (again and _ring(g, thread) < _AGAIN_ROWS):
             continue
         registers = _registers(g, thread)
         products = g.R * g.S * columns * vector * (1 if again else _ring(g, thread))
         if (columns, vector) != (1, 1) and (registers > _MAX_REGISTERS or products > _MAX_PRODUCTS):
             continue
         shapes = [] if copy < 4 else list(_shapes(g, thread, _channel_choices(g.K, piece)))
-        if copy < VECTOR_BYTES and aligned and not dilated and not again and g.K // vector <= _MAX_THREADS:
+        if runs and not again and g.K // vector <= _MAX_THREADS:
             shapes += _shapes(g, replace(thread, copy=VECTOR_BYTES, runs=True), [g.K])
         for shape, stages in product(shapes, _STAGES):
             tile = replace(shape, stages=stages + (_ring(g, thread) - 1 if again else 0))
@@ -333,7 +338,7 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> int:
     span = g.W if _whole(g, tile) else _span(g, tile)
     rows = 2 if tile.again else _ring(g, tile)
     values = g.R * g.S + 1 + rows * tile.columns + span
-    return min(255, -(-(values * tile.vector + 44) // 8) * 8)
+    return min(255, max(_LEAST_REGISTERS, -(-(values * tile.vector + 44) // 8) * 8))
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
