@@ -1,34 +1,37 @@
-// Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), rows of x and dy staged in
-// shared memory.
+// Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), rows of x and dy staged
+// in shared memory.
 //
-// A block takes strips of columns of dy of a few images, all at the same rows, of some neighbouring channels; a thread one
-// strip of a vector of channels, of which it keeps R x S sums in registers through a whole slab. In one turn the block takes
-// one row of dy and the rows of x, a stride of them, that come new with it: they pass through a ring in shared memory, copied
-// there several turns ahead, each element once a block, with zeros for the columns that do not exist. A thread brings the rows
-// of its strip into registers, where rows of x meet the rows of dy of the last turns, which are a ring there. Behind its
-// last row the block goes on to the next images. In the end the sums of threads that share channels are added in a fixed
-// order; depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are several.
+// A block takes strips of columns of dy of a few images, all at the same rows, of some neighbouring channels; a thread
+// one strip of a vector of channels, of which it keeps R x S sums in registers through a whole slab. In one turn the
+// block takes one row of dy and the rows of x, a stride of them, that come new with it: they pass through a ring in
+// shared memory, copied there several turns ahead, each element once a block, with zeros for the columns that do not
+// exist. A thread brings the rows of its strip into registers, where rows of x meet the rows of dy of the last turns,
+// which are a ring there. Behind its last row the block goes on to the next images. In the end the sums of threads that
+// share channels are added in a fixed order; depthwise_wgrad_reduce does so with the partial sums of all slabs, where
+// there are several.
 //
-// Rows of x in the padding are passed over; columns too, where a strip is as wide as dy. Padding is a zero that takes part all
-// the same, and the zeros for missing columns of dy are not to: if a sum is not finite, the thread makes its sums once more,
-// plainly. That every other sum is what it should be follows from dbias, which is summed in any case and tells whether
-// all of dy was finite.
+// Rows of x in the padding are passed over; columns too, where a strip is as wide as dy. Padding is a zero that takes
+// part all the same, and the zeros for missing columns of dy are not to: if a sum is not finite, the thread makes its
+// sums once more, plainly. That every other sum is what it should be follows from dbias, which is summed in any case
+// and tells whether all of dy was finite.
 //
-// Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another launch);
-// THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a thread: they divide K);
-// GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of a copy: they divide a pixel's
-// and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of a thread and row); STRIDE_H,
-// STRIDE_W (of the strip, see below); DILATED; RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this is known, or 0) and LEFT
-// (then the padding before it).
+// Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
+// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a
+// thread: they divide K); GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of
+// a copy: they divide a pixel's and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of
+// a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED; KEPT (turns that stay in shared memory:
+// one, or as many as there are rows of dy that meet a row of x, which are then read there again in place of a ring in
+// registers, and the code of one turn is all); RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this
+// is known, or 0) and LEFT (then the padding before it).
 //
 // Pixels that are no whole copies: a block of all channels may copy what its columns are of a row, which is one run of
-// memory. The run is copied from the last multiple of 16 bytes before it on, so that every row has a phase of its own in shared
-// memory, and zeros follow it. Before the first column of x are a few elements of the row above, which the thread that reads
-// them leaves out.
+// memory. The run is copied from the last multiple of 16 bytes before it on, so that every row has a phase of its own
+// in shared memory, and zeros follow it. Before the first column of x are a few elements of the row above, which the
+// thread that reads them leaves out.
 //
-// Dilation: rows of dy dilation / gcd(stride, dilation) apart need rows of x whole dilations apart. A strip of rows so far
-// apart is one of an undilated convolution of stride / gcd, in units of `dilation` rows of x. Columns likewise; a block then
-// has all columns of an image.
+// Dilation: rows of dy dilation / gcd(stride, dilation) apart need rows of x whole dilations apart. A strip of rows so
+// far apart is one of an undilated convolution of stride / gcd, in units of `dilation` rows of x. Columns likewise; a
+// block then has all columns of an image.
 #include "channels_last.cuh"
 #include "numbers.cuh"
 
@@ -51,6 +54,7 @@ constexpr int kDyCopies = CUCONV_DY_COPIES;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
+constexpr int kKept = CUCONV_KEPT;
 constexpr bool kRuns = CUCONV_RUNS;
 constexpr int kWidth = CUCONV_WIDTH;
 constexpr int kLeft = CUCONV_LEFT;
@@ -61,15 +65,20 @@ constexpr int kEntries = kTaps + kBias;
 constexpr int kChannels = kGroups * kVector;
 // Columns of x that a strip needs, in units of the dilation.
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
-// Rows of dy that one row of x meets: as many turns are unrolled, so that the ring's registers are known at compile time.
+// Rows of dy that one row of x meets; a ring of them in registers has as many turns unrolled, so that these are known
+// at compile time.
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
+constexpr bool kAgain = kKept > 1;
+constexpr int kUnrolled = kAgain ? 1 : kRing;
+// Turns on their way.
+constexpr int kAhead = kStages - kKept;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
 constexpr int kPieces = kRuns ? 1 : kChannels / kPiece;
 // What a stage ends with: a word of what the turn brings and one of phases.
 constexpr int kWords = 2 * sizeof(uint32) / sizeof(T);
 
-// That word has a bit for each of the last kRing rows of dy, the newest first, whether it exists and belongs to this step;
-// for each new row of x; and the images from the step's first on, at most so many as a block takes.
+// That word has a bit for each of the last kRing rows of dy, the newest first, whether it exists and belongs to this
+// step; for each new row of x; and the images from the step's first on, at most so many as a block takes.
 // It is 0 behind the last turn.
 constexpr int kXBit = kRing;
 constexpr int kImagesBit = kXBit + kStrideH;
@@ -78,12 +87,15 @@ static_assert(kImagesBit <= 20, "up to 2^11 images");
 constexpr int kPhaseBits = 3;
 static_assert(!kRuns || (kCopy == 16 && !kDilated && kPhaseBits * (kStrideH + 1) <= 32));
 
-static_assert(kStages >= 2, "a turn is copied while another is read");
+static_assert(kAhead >= 1, "a turn is copied while another is read");
+static_assert(!kAgain || (kKept == kRing && !kRuns));
 static_assert(kRuns || kChannels % kPiece == 0, "a pixel of a block is whole copies");
 static_assert(kStrideH <= kR, "of a longer stride only the first kernel's worth of rows meets dy");
 
 // Whether column j of what a strip needs is copied, or else known to be padding.
-__device__ __forceinline__ constexpr bool column_copied(int j) { return kWidth == 0 || (kLeft <= j && j < kLeft + kWidth); }
+__device__ __forceinline__ constexpr bool column_copied(int j) {
+  return kWidth == 0 || (kLeft <= j && j < kLeft + kWidth);
+}
 
 struct Parameters {
   int N, K;
@@ -118,8 +130,8 @@ struct Walk {
   int images;       // that exist
 };
 
-// What the thread copies of a row: where it is in memory, from the block's first channel in column 0 of the first image on, or
-// -1. In all stages zeros take the place of what does not exist.
+// What the thread copies of a row: where it is in memory, from the block's first channel in column 0 of the first image
+// on, or -1. In all stages zeros take the place of what does not exist.
 template <int kCopies>
 __device__ __forceinline__ void find_copies(int (&copied)[kCopies], T* stage, int rows, int stage_size, int images,
                                             int pixels, uint32 pixels_magic, int first_column, int width, int plane,
@@ -142,23 +154,28 @@ __device__ __forceinline__ void find_copies(int (&copied)[kCopies], T* stage, in
   }
 }
 
-// Copies a run of `count` elements to somewhere in the first 16 bytes at `to`, where `size` elements have room, and zeros
-// behind it: where is what it returns.
+// Copies a run of `count` elements to somewhere in the first 16 bytes at `to`, where `size` elements have room, and
+// zeros behind it: where is what it returns.
 template <int kCopies>
-__device__ __forceinline__ uint32 copy_run(T* to, const T* from, int count, int size) {
-  const uint32 phase = reinterpret_cast<uint64>(from) % 16 / sizeof(T);
+__device__ __forceinline__ int copy_run(T* to, const T* from, int count, int size) {
+  const int phase = static_cast<int>(reinterpret_cast<uint64>(from) % 16 / sizeof(T));
+  const T* const source = from - phase;
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
     const int first = (i * kThreads + static_cast<int>(threadIdx.x)) * kPiece;
-    const int left = (static_cast<int>(phase) + count - first) * static_cast<int>(sizeof(T));
-    if (first < size) ptx::copy_async_part(to + first, from - phase + first, min(max(left, 0), 16));
+    const int left = phase + count - first;
+    // Hardly any are copied in part, which takes many more instructions.
+    if (left >= kPiece)
+      ptx::copy_async<16>(to + first, source + first);
+    else if (first < size)
+      ptx::copy_async_part(to + first, source + first, max(left, 0) * static_cast<int>(sizeof(T)));
   }
   return phase;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_wgrad_channels_last_staged(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw, T* dbias,
-                                         const __grid_constant__ Parameters g) {
+    depthwise_wgrad_channels_last_staged(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw,
+                                         T* dbias, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int channel_block = static_cast<int>(blockIdx.x) / g.column_blocks;
@@ -213,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int a = 0; a < kStrideH; ++a)
         for (int i = thread; i < lead; i += kThreads) of_x[s * stage_size + a * g.x_size + i] = {};
   } else {
-    find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W, g.x_plane,
-                g.K - first_channel, g.K);
+    find_copies(copied_x, of_x, kStrideH, stage_size, g.images, g.x_pixels, g.x_pixels_magic, first_column, g.W,
+                g.x_plane, g.K - first_channel, g.K);
     find_copies(copied_dy, of_dy, 1, stage_size, g.images, g.dy_pixels, g.dy_pixels_magic, first_q, g.Q, g.dy_plane,
                 g.K - first_channel, g.K);
   }
@@ -280,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::copy_async_commit();
   };
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) copy(i * stage_size);
+  for (int i = 0; i < kAhead; ++i) copy(i * stage_size);
 
   const int strip = thread / kGroups;
   const int group = thread - strip * kGroups;
@@ -293,17 +310,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   Sum sum[kR][kS][kVector] = {};
   Sum bias_sum[kVector] = {};
-  Sum gradient[kRing][kColumns][kVector] = {};
-  // The stage that is read, and the one before, which is free for the next turn; the thread's place in what is read, kept
-  // rather than made anew.
+  Sum gradient[kUnrolled][kColumns][kVector] = {};
+  // The stage that is read, and the one that is free for the next turn; the thread's place in what is read, kept rather
+  // than made anew.
   int stage = 0;
-  int free_stage = (kStages - 1) * stage_size;
+  int free_stage = kAhead * stage_size;
   int own_x = lead + (image * g.x_pixels + own_column - missing) * kChannels + group * kVector;
   // Of runs, the column of the strip's that is the last before the first of x.
   const int edge = missing - 1 - own_column;
   int own_dy = (image * g.dy_pixels + q - first_q) * kChannels + group * kVector;
   const auto next_turn = [&] {
-    ptx::copy_async_wait<kStages - 2>();
+    ptx::copy_async_wait<kAhead - 1>();
     __syncthreads();
     return word_of(stage, 0);
   };
@@ -311,11 +328,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     uint32 turn = next_turn();
     while (turn != 0) {
 #pragma unroll
-      for (int u = 0; u < kRing; ++u) {
+      for (int u = 0; u < kUnrolled; ++u) {
         if (u > 0 && turn == 0) return;
         copy(free_stage);
         const uint32 phases = kRuns ? word_of(stage, 1) : 0;
-        const auto phase = [&](int row) { return static_cast<int>(phases >> kPhaseBits * row & ((1 << kPhaseBits) - 1)); };
+        const auto phase = [&](int row) {
+          return static_cast<int>(phases >> kPhaseBits * row & ((1 << kPhaseBits) - 1));
+        };
         if (columns > 0 && image < static_cast<int>(turn >> kImagesBit)) {
           if (turn & 1) {
 #pragma unroll
@@ -333,18 +352,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
             for (int j = 0; j < kSpan; ++j)
               if (column_copied(j)) load_widened<kVector>(from + (j - kLeft) * unit_w * kChannels, true, value[j]);
-            if (kRuns && within(edge, kSpan)) {
+            if (kRuns && edge >= 0) {
 #pragma unroll
               for (int j = 0; j < kSpan; ++j)
 #pragma unroll
                 for (int e = 0; e < kVector; ++e)
-                  if (j == edge) value[j][e] = 0;
+                  if (j <= edge) value[j][e] = 0;
             }
 #pragma unroll
             for (int before = 0; before < kRing; ++before) {
               const int r = a + before * kStrideH;
               if (r >= kR || !(turn >> before & 1)) continue;
-              const int place = (u + kRing - before) % kRing;
+              Sum earlier[kColumns][kVector];
+              if (kAgain && before > 0) {
+                const int back = before * stage_size;
+                const T* const row = of_dy + own_dy + (stage < back ? kStages * stage_size : 0) - back;
+#pragma unroll
+                for (int v = 0; v < kColumns; ++v)
+                  load_widened<kVector>(row + v * spacing_w * kChannels, true, earlier[v]);
+              }
+              const int place = (u + kUnrolled - before % kUnrolled) % kUnrolled;
+              const auto& row = kAgain && before > 0 ? earlier : gradient[place];
 #pragma unroll
               for (int v = 0; v < kColumns; ++v)
 #pragma unroll
@@ -352,12 +380,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                   if (!column_copied(v * kStrideW + s)) continue;
 #pragma unroll
                   for (int e = 0; e < kVector; ++e)
-                    sum[r][s][e] = fma(value[v * kStrideW + s][e], gradient[place][v][e], sum[r][s][e]);
+                    sum[r][s][e] = fma(value[v * kStrideW + s][e], row[v][e], sum[r][s][e]);
                 }
             }
           }
         }
-        free_stage = stage;
+        free_stage = free_stage == (kStages - 1) * stage_size ? 0 : free_stage + stage_size;
         const int step = stage == (kStages - 1) * stage_size ? -stage : stage_size;
         stage += step;
         own_x += step;

@@ -175,7 +175,7 @@ def suits(variant, direction, g, dtype):
         takes = nchw and dtype in HALVES and not multiplied and g.stride[1] == 1
         return direction == "wgrad" and takes and whole and narrow
     if direction == "wgrad":
-        words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
+        words = dtype == "float32" or (dtype in HALVES and (g.C % 2 == 0 or g.dilation == (1, 1)))
         staged = not nchw and words and not multiplied
         few = {"runs": nchw, "channels_last": not nchw, "channels_last_staged": staged}.get(variant, False)
         return few if few_taps else variant == "tiles" and nchw and dense
@@ -216,7 +216,7 @@ _MAIN_DTYPES = {
     "pairs": ("float16",),
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
-    "channels_last_staged": ("float16", "float32"),  # of odd numbers of channels only float32
+    "channels_last_staged": ("float16", "float32"),
 }
 _FEW = (
     "3x3_padded",

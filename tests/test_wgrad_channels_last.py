@@ -57,7 +57,7 @@ def test_matches_float64(device, rng, x_shape, w_shape, numbers, dtype):
     dy, x = gradients(rng, x_shape, w_shape, dtype, numbers)
     g = nhwc_geometry(x_shape, w_shape, **numbers)
     for bias in (True, False) if dtype == "float32" else (True,):
-        chosen = plan.depthwise_wgrad(g, dtype, bias, device.target)
+        chosen = plan.depthwise_wgrad(g, dtype, bias, device.target, "channels_last")
         assert chosen.source == SOURCE
         dw, dbias = launch(device, chosen, dy, x, w_shape)
         oracle.assert_wgrad_within_bound(dw, dbias if bias else None, dy, x, **numbers)
@@ -66,12 +66,14 @@ def test_matches_float64(device, rng, x_shape, w_shape, numbers, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("channels", [1, 2, 23, 24, 25, 64, 67])
-def test_channels_around_every_vector(device, rng, channels, dtype):
+@pytest.mark.parametrize("variant", ["channels_last", "channels_last_staged"])
+def test_channels_around_every_vector(device, rng, variant, channels, dtype):
     numbers = {"padding": ((1, 1), (1, 1))}
     dy, x = gradients(rng, (3, channels, 5, 6), (channels, 1, 3, 3), dtype, numbers)
-    arrays = device.array(dy, "nhwc"), device.array(x, "nhwc"), (channels, 1, 3, 3)
-    dw, dbias = cuconv.depthwise_conv2d_wgrad(*arrays, bias=True, **numbers)
-    oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers)
+    g = nhwc_geometry(x.shape, (channels, 1, 3, 3), **numbers)
+    chosen = plan.depthwise_wgrad(g, dtype, True, device.target, variant)
+    dw, dbias = launch(device, chosen, dy, x, g.w_shape)
+    oracle.assert_wgrad_within_bound(dw, dbias, dy, x, **numbers)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,8 @@ def test_every_plan_covers_dy_and_fits_the_device(
 
 
 def test_parameter_struct_matches_the_fields_of_the_kernel():
-    chosen = plan.depthwise_wgrad(nhwc_geometry((2, 3, 9, 9), (3, 1, 3, 3)), "float16", True, plan.TARGETS[90])
+    g = nhwc_geometry((2, 3, 9, 9), (3, 1, 3, 3))
+    chosen = plan.depthwise_wgrad(g, "float16", True, plan.TARGETS[90], "channels_last")
     text = (kernels.sources_folder() / f"{SOURCE}.cu").read_text()
     body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]
     fields = []
@@ -257,7 +260,7 @@ def test_compiles_without_spills(case, architecture):
     target = plan.TARGETS[int(architecture.removeprefix("sm_").rstrip("a"))]
     g = nhwc_geometry(x_shape, w_shape, **numbers)
     for dtype, bias in product(("float32", "bfloat16", "float64"), (True, False)):
-        chosen = plan.depthwise_wgrad(g, dtype, bias, target).sums
+        chosen = plan.depthwise_wgrad(g, dtype, bias, target, "channels_last").sums
         assert chosen.source == SOURCE
         resources = kernels.compile_only(chosen, architecture)
         assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"

@@ -70,10 +70,10 @@ _DGRAD = {
 }
 _WGRAD = {
     "runs": wgrad.runs,
-    "channels_last": wgrad_channels_last.channels_last,
     "diagonals": wgrad_diagonals.diagonals,
     "pairs": wgrad_pairs.pairs,
     "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
+    "channels_last": wgrad_channels_last.channels_last,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }
