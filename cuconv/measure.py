@@ -329,8 +329,8 @@ class Timer:
         self.stream.__exit__(*exception)
 
     def buffers(self, bytes_of_launch: int) -> int:
-        """How many sets of buffers, two or more, exceed the L2 cache four times."""
-        return max(2, -(-4 * self._l2_bytes // bytes_of_launch))
+        """How many sets of buffers exceed the L2 cache four times."""
+        return -(-4 * self._l2_bytes // bytes_of_launch)
 
     def ms(self, launch: Callable[[int], Any], buffers: int, capture: Capture = cupy_graph) -> float:
         """The time of one launch, of many over all buffers in turn, in one CUDA graph of whose time each has its part.
