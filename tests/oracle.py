@@ -7,6 +7,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+# These convolutions are small, and the threads of several test processes would wait for one another: hundreds of times
+# as long, where channels are many.
+torch.set_num_threads(1)
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
     "float16": np.dtype(np.float16),

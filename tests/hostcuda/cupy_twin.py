@@ -134,39 +134,71 @@ class RawModule:
         return _Kernel(_build(self.code, name, (*self.options, architecture), settings.sanitize))
 
 
+# -Og, since optimising takes g++ longer than the small launches of tests gain by it.
+_COMMAND = ("g++", "-Og", "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
+_COMMAND += ("-fdata-sections", "-Werror=frame-larger-than=32768")
+_COMMAND += (f"-fsanitize={UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}")
+
+
 @functools.cache
 def _build(code: str, name: str, options: tuple[str, ...], sanitize: bool) -> ctypes.PyDLL:
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
-    command += ["-Wno-unused-function", "-Werror=frame-larger-than=32768", f"-fsanitize={UNDEFINED}"]
-    command += [f"-fno-sanitize-recover={UNDEFINED}", "-fdata-sections", f"-Wl,-T,{HERE}/shared.ld", *options]
     # Debug information, a fifth of the time, is for ASan's report; the others name lines without it.
-    command += ["-fsanitize=address", "-g"] if sanitize else []
-    own = [(HERE / file).read_text() for file in ("hostcuda.h", "machine.h", "shared.ld", "cupy_twin.py")]
-    key = hashlib.sha256("\0".join([*own, code, name, *command]).encode()).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"cuconv-hostcuda-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{key}.so"
+    command = (*_COMMAND, *options, *(("-fsanitize=address", "-g") if sanitize else ()))
+    library = _folder() / f"{_key(*command, code, name)}.so"
     if not library.exists():
-        # Written and renamed as a whole, since several test processes may build the same library at once.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=_folder()) as scratch:
             source, entry, built = (Path(scratch) / file for file in ("kernel.cu", "entry.cpp", "kernel.so"))
             source.write_text(code)
             # Within the unnamed namespace, since ASan skips the variables of templates that other files could share.
             entry.write_text(
-                f'#include "hostcuda.h"\nnamespace {{\n#include "kernel.cu"\nconstexpr auto entry = &{name};\n}}\n'
+                f'#include "host.h"\nnamespace {{\n#include "kernel.cu"\nconstexpr auto entry = &{name};\n}}\n'
                 'extern "C" const int* parameter_sizes() { return hostcuda::parameter_sizes(entry); }\n'
                 'extern "C" const char* launch(void** arguments, const hostcuda::Launch* how) {\n'
                 "  return hostcuda::launch(entry, arguments, *how);\n}\n"
             )
-            command += [f"-I{HERE}", str(entry), "-o", str(built)]
-            environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-            result = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if result.returncode:
-                raise RuntimeError(f"g++ refuses {name}:\n{result.stderr}")
-            if result.stderr:
-                warnings.warn(f"g++ on {name}:\n{result.stderr}", stacklevel=4)
+            folders = f"-I{_precompiled(command)}", f"-I{HERE}"
+            linked = "-shared", f"-Wl,-T,{HERE}/shared.ld", "-o", str(built)
+            _compile([*command, "-Winvalid-pch", *folders, *linked, str(entry)], name)
             os.replace(built, library)
     return _load(str(library))
+
+
+@functools.cache
+def _precompiled(command: tuple[str, ...]) -> Path:
+    """The folder of host.h, which includes hostcuda.h: compiled once for all kernels of the same options, since that is
+    a third of the time that a kernel takes."""
+    made = _folder() / f"{_key(*command)}.headers"
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=_folder()) as scratch:
+            built = Path(scratch) / "headers"
+            built.mkdir()
+            (built / "host.h").write_text('#include "hostcuda.h"\n')
+            _compile([*command, f"-I{HERE}", "-x", "c++-header", str(built / "host.h")], "hostcuda.h")
+            with contextlib.suppress(OSError):  # another process was first
+                built.rename(made)
+    return made
+
+
+def _folder() -> Path:
+    """What is built stays there: each file is renamed into it as a whole, since several test processes may build the
+    same one at once."""
+    folder = Path(tempfile.gettempdir()) / f"cuconv-hostcuda-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _key(*parts: str) -> str:
+    own = [(HERE / file).read_text() for file in ("hostcuda.h", "machine.h", "shared.ld", "cupy_twin.py")]
+    return hashlib.sha256("\0".join([*own, *parts]).encode()).hexdigest()[:24]
+
+
+def _compile(command: list[str], name: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise RuntimeError(f"g++ refuses {name}:\n{result.stderr}")
+    if result.stderr:
+        warnings.warn(f"g++ on {name}:\n{result.stderr}", stacklevel=5)
 
 
 def _load(path: str) -> ctypes.PyDLL:
