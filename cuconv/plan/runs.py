@@ -482,5 +482,5 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
     # Some multiprocessors have a block more than others.
     uneven = math.ceil(filled) / filled if filled < resident else math.ceil(filled / resident) * resident / filled
     # Arithmetic and memory overlap, but not altogether.
-    both = (issue**1.225 + (0.32 / 18 * moved) ** 1.225) ** (1 / 1.225)
+    both: float = (issue**1.225 + (0.32 / 18 * moved) ** 1.225) ** (1 / 1.225)
     return (both + latency) * (1 + 0.65 * (uneven - 1))
