@@ -21,8 +21,9 @@ REGISTER_BUDGET_FLOAT64 = 200
 REGISTER_BUDGET_7X7_FLOAT64 = 255
 # Patches of 16 rows have 64 sums; their launch bound leaves room for one block of 256 threads.
 REGISTER_BUDGET_16_ROWS = 224
-# Bytes a thread: sums over multiplied channels in float64 keep one of their weights in memory on sm_100.
-SPILL_BUDGET = {("3x3_multiplier_2", "nchw"): 16}
+# Bytes a thread: sums over multiplied channels in float64 keep one of their weights in memory on sm_100, and patches of
+# 4x7 without vectors a word on sm_120.
+SPILL_BUDGET = {("3x3_multiplier_2", "nchw"): 16, ("3x3_67_channels", "nchw"): 8}
 
 CASES = {
     "3x3": ((16, 64, 512, 512), (64, 1, 3, 3), {}),
