@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __shared__ uint64 full[kStages];
   const int thread = static_cast<int>(threadIdx.x);
   const int first_image = static_cast<int>(blockIdx.z) * g.block_images;
-  const int images = kStages == 1 ? 1 : min(g.block_images, g.images - first_image);
+  const int images = min(g.block_images, g.images - first_image);
 
   // The output rows [p0, p0 + rows) of planes [k0, k0 + planes) of every image need the input rows [low, high) of
   // planes from c0 on, where they exist.
@@ -340,7 +340,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (thread < kWarp) {
       const int count = static_cast<int>((planes_of(turn) - 1) * output_plane) + rows * g.Q;
       store_run(Run<T>(y_run + turn * output_image, count, buffer), thread);
-      if (turn + kStages < images) load(turn + kStages);
+      // Of one stage there is but one image. That the loop ends with it is better not known when it is compiled: straight
+      // code took up to 65 registers more.
+      if (kStages > 1 && turn + kStages < images) load(turn + kStages);
     }
   }
   if (thread == 0) ptx::bulk_store_wait_read<0>();

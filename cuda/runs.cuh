@@ -91,12 +91,11 @@ __device__ __forceinline__ void load_run(const Run<T>& run, uint64* barrier, int
 // copy is overwritten or the block ends.
 template <class T>
 __device__ __forceinline__ void store_run(const Run<T>& run, int lane) {
+  const int single = run.single(lane);
+  if (single < run.count) run.global[single] = run.shared[single];
   if (lane == 0) {
     const uint32 bytes = run.middle * static_cast<uint32>(sizeof(T));
     if (bytes > 0) ptx::bulk_store(run.global + run.first, run.shared + run.first, bytes);
     ptx::bulk_store_commit();
-  } else {
-    const int single = run.single(lane);
-    if (single < run.count) run.global[single] = run.shared[single];
   }
 }
