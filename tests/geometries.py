@@ -136,8 +136,8 @@ def _geometries(table):
 
 
 GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES)
-# As rows of images it needs more products than registers hold.
-_TOO_MANY_PRODUCTS = [GEOMETRIES["large_kernel_dilated"]]
+# As rows of images they need more products than registers hold.
+_TOO_MANY_PRODUCTS = [GEOMETRIES["large_kernel_dilated"], GEOMETRIES["56_wide"]]
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")

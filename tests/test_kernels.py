@@ -32,8 +32,8 @@ REGISTER_BUDGET_IMAGES = 255
 # On sm_100 and sm_120, whose tiles are chosen by the registers that sm_90 needs: 7x7 on 14x14.
 SPILL_BUDGET_IMAGES = 16
 # Bytes a thread: sums over multiplied channels in float64 keep one of their weights in memory on sm_100, and patches of
-# 4x7 without vectors a word on sm_120. In the tile that was the fastest of those measured, the gradient at dilation 12 in
-# bfloat16 keeps two addresses there.
+# 4x7 without vectors a word on sm_120. In the tile that was the fastest of those measured, the gradient at dilation 12
+# in bfloat16 keeps two addresses there.
 SPILL_BUDGET = {
     ("3x3_multiplier_2", "nchw"): 16,
     ("3x3_67_channels", "nchw"): 8,

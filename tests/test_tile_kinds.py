@@ -211,9 +211,9 @@ def test_pairs(device, rng, dtype, x_shape, w_shape, numbers):
     g = depthwise_geometry(x_shape, w_shape, **numbers)
     dy, x = random_dy(rng, g, dtype), oracle.random_arrays(rng, x_shape, w_shape, dtype)[0]
     kinds = ((7, 4, 16, 1), (7, 1, 32, 2), (4, 2, 32, 1), (3, 1, 16, 3), (2, 5, 16, 2), (1, 1, 16, 1))
-    for chunks, planes, images, slabs in kinds:
-        slabs = min(slabs, -(-g.N // images))
-        tile = wgrad_pairs.make_tile(g, True, chunks, planes, images, slabs)
+    for chunks, planes, together, slabs in kinds:
+        slabs = min(slabs, -(-g.N // together))
+        tile = wgrad_pairs.make_tile(g, True, chunks, planes, together, slabs)
         if tile.fits(g, device.target):
             check_wgrad(device, g, wgrad_pairs.tile_plan(g, dtype, True, tile), dy, x)
 
