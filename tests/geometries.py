@@ -137,7 +137,9 @@ def _geometries(table):
 
 GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES)
 # As rows of images they need more products than registers hold.
-_TOO_MANY_PRODUCTS = [GEOMETRIES["large_kernel_dilated"], GEOMETRIES["56_wide"]]
+_TOO_MANY_PRODUCTS = [
+    GEOMETRIES[name] for name in ("large_kernel_dilated", "56_wide", "51x5_channels", "2x6_asymmetric", "31x31_narrow")
+]
 
 LAYOUTS = ("nchw", "nhwc")
 PASSES = ("forward", "dgrad", "wgrad")
