@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int first_group = first_item - divide(first_item, g.groups_magic, g.groups_shift) * g.groups;
   const int all = g.K * kTaps;
   const int count = min(g.groups, kThreads) * (kVector * kTaps);
-#pragma unroll 4
+#pragma unroll 8
   for (int i = thread; i < count; i += kThreads) {
     const int from = first_group * (kVector * kTaps) + i;
     staged[i] = w[from < all ? from : from - all];
