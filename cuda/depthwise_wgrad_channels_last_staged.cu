@@ -19,10 +19,8 @@
 // launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a
 // thread: they divide K); GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of
 // a copy: they divide a pixel's and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of
-// a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED; KEPT (turns that stay in shared memory:
-// one, or as many as there are rows of dy that meet a row of x, which are then read there again in place of a ring in
-// registers, and the code of one turn is all); RUNS (see below); WIDTH (of x, where a strip is as wide as dy and this
-// is known, or 0) and LEFT (then the padding before it).
+// a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED; RUNS (see below); WIDTH (of x, where a strip
+// is as wide as dy and this is known, or 0) and LEFT (then the padding before it).
 //
 // Pixels that are no whole copies: a block of all channels may copy what its columns are of a row, which is one run of
 // memory. The run is copied from the last multiple of 16 bytes before it on, so that every row has a phase of its own
@@ -54,7 +52,6 @@ constexpr int kDyCopies = CUCONV_DY_COPIES;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
-constexpr int kKept = CUCONV_KEPT;
 constexpr bool kRuns = CUCONV_RUNS;
 constexpr int kWidth = CUCONV_WIDTH;
 constexpr int kLeft = CUCONV_LEFT;
@@ -65,13 +62,11 @@ constexpr int kEntries = kTaps + kBias;
 constexpr int kChannels = kGroups * kVector;
 // Columns of x that a strip needs, in units of the dilation.
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
-// Rows of dy that one row of x meets; a ring of them in registers has as many turns unrolled, so that these are known
-// at compile time.
+// Rows of dy that one row of x meets: a ring of them is in registers, and as many turns are unrolled, so that these are
+// known at compile time.
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
-constexpr bool kAgain = kKept > 1;
-constexpr int kUnrolled = kAgain ? 1 : kRing;
 // Turns on their way.
-constexpr int kAhead = kStages - kKept;
+constexpr int kAhead = kStages - 1;
 constexpr int kPiece = kCopy / static_cast<int>(sizeof(T));
 constexpr int kPieces = kRuns ? 1 : kChannels / kPiece;
 // What a stage ends with: a word of what the turn brings and one of phases.
@@ -88,7 +83,6 @@ constexpr int kPhaseBits = 3;
 static_assert(!kRuns || (kCopy == 16 && !kDilated && kPhaseBits * (kStrideH + 1) <= 32));
 
 static_assert(kAhead >= 1, "a turn is copied while another is read");
-static_assert(!kAgain || (kKept == kRing && !kRuns));
 static_assert(kRuns || kChannels % kPiece == 0, "a pixel of a block is whole copies");
 static_assert(kStrideH <= kR, "of a longer stride only the first kernel's worth of rows meets dy");
 
@@ -310,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   Sum sum[kR][kS][kVector] = {};
   Sum bias_sum[kVector] = {};
-  Sum gradient[kUnrolled][kColumns][kVector] = {};
+  Sum gradient[kRing][kColumns][kVector] = {};
   // The stage that is read, and the one that is free for the next turn; the thread's place in what is read, kept rather
   // than made anew.
   int stage = 0;
@@ -328,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     uint32 turn = next_turn();
     while (turn != 0) {
 #pragma unroll
-      for (int u = 0; u < kUnrolled; ++u) {
+      for (int u = 0; u < kRing; ++u) {
         if (u > 0 && turn == 0) return;
         copy(free_stage);
         const uint32 phases = kRuns ? word_of(stage, 1) : 0;
@@ -363,16 +357,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
             for (int before = 0; before < kRing; ++before) {
               const int r = a + before * kStrideH;
               if (r >= kR || !(turn >> before & 1)) continue;
-              Sum earlier[kColumns][kVector];
-              if (kAgain && before > 0) {
-                const int back = before * stage_size;
-                const T* const row = of_dy + own_dy + (stage < back ? kStages * stage_size : 0) - back;
-#pragma unroll
-                for (int v = 0; v < kColumns; ++v)
-                  load_widened<kVector>(row + v * spacing_w * kChannels, true, earlier[v]);
-              }
-              const int place = (u + kUnrolled - before % kUnrolled) % kUnrolled;
-              const auto& row = kAgain && before > 0 ? earlier : gradient[place];
+              const auto& row = gradient[(u + kRing - before) % kRing];
 #pragma unroll
               for (int v = 0; v < kColumns; ++v)
 #pragma unroll

@@ -264,7 +264,7 @@ COPY_ASYNC = """
   float* const tile = reinterpret_cast<float*>(bytes);
   const int own = 4 * threadIdx.x;
   const auto load = [&](int i) {
-    if (i < 4) ptx::copy_async(tile + i % 2 * 32 + own, x + 32 * i + own);
+    if (i < 4) ptx::copy_async<16>(tile + i % 2 * 32 + own, x + 32 * i + own);
     ptx::copy_async_commit();
   };
   load(0);
