@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from geometries import GEOMETRIES, suits
@@ -10,6 +11,7 @@ from geometries import GEOMETRIES, suits
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
 from cuconv.plan import Plan, Target, Unsuitable, channels_last, runs, tiles, toeplitz, wgrad, wgrad_channels_last
+from cuconv.plan import wgrad_channels_last_staged as staged
 from cuconv.plan.base import SHARED_RESERVE
 
 H200 = plan.TARGETS[90]
@@ -77,6 +79,22 @@ def test_a_plan_of_wgrad_is_of_the_tile_that_costs_least(variant):
             continue
         best = min(every(*arguments, True), key=lambda tile, given=arguments: float(planner._cost(*given, tile)))
         assert chosen == planner.tile_plan(*arguments, best)
+        seen += 1
+    assert seen >= 6
+
+
+def test_a_staged_plan_of_wgrad_is_of_the_tile_that_costs_least():
+    seen = 0
+    for g in (*large_geometries(), *GEOMETRIES.values()):
+        g = replace(g, channels_last=True)
+        arguments = (g, "float16", True, H200)
+        try:
+            chosen = plan.depthwise_wgrad(*arguments, "channels_last_staged")
+        except Unsuitable:
+            continue
+        check_types(chosen.sums)
+        best = min(staged.tiles(*arguments, True), key=lambda tile, given=arguments: float(staged._cost(*given, tile)))
+        assert chosen == staged.tile_plan(g, "float16", True, best)
         seen += 1
     assert seen >= 6
 

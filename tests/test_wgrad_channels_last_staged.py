@@ -43,7 +43,7 @@ def each_feature_once(g, tiles):
             ("images", tile.images > 1, g.N % tile.images > 0),
             ("channels", tile.channels < g.K, g.K % tile.channels > 0),
             ("idle", tile.threads > tile.groups * tile.strips * tile.images),
-            ("runs", tile.runs, tile.again),
+            ("runs", tile.runs),
             ("columns of runs", tile.columns, tile.strips, tile.runs),
             ("slab", tile.slab_rows < strip_rows, tile.slab_rows % strip_rows > 0, tile.slab_rows < rows),
             ("last slab", rows % tile.slab_rows > 0),
@@ -94,7 +94,7 @@ def test_nan_and_infinity_reach_what_they_meet(device, rng, channels, numbers, d
         g = nhwc_geometry(x.shape, w_shape, **numbers)
         tiles = staged.tiles(g, dtype, True, device.target, aligned=True)
         # Exact or not, as wide as dy or not, and of several images.
-        kinds = {(tile.columns, tile.runs, tile.again): tile for tile in tiles if tile.columns in (3, 4, g.Q)}
+        kinds = {(tile.columns, tile.runs): tile for tile in tiles if tile.columns in (3, 4, g.Q)}
         for tile in kinds.values():
             chosen = staged.tile_plan(g, dtype, True, tile)
             for exact, result in zip(expected, launch(device, chosen, dy, x, w_shape), strict=True):

@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import product
+from typing import Any
+
+import numpy as np
 
 from ..geometry import Conv2dGeometry, Pair
 from .base import (
@@ -19,8 +20,12 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
     magic,
     plane_parameters,
+    those_of,
 )
 from .channels_last import MAX_TAPS
 from .wgrad import WgradPlan, sum_bytes, with_reduce
@@ -31,7 +36,11 @@ _MAX_WIDTH = 16
 _STAGES = (3, 4, 6, 8)
 _IMAGES = (1, 2, 3, 4, 8, 16)
 _STRIPS = (1, 2, 3, 4, 6, 8, 12, 16)
+# Of a row of strips.
+_MAX_PARTS = 16
 _MAX_THREADS = 512
+# Of fewer a block may be where it has all channels that it can have.
+_LEAST_THREADS = 96
 # Of a thread: beyond, the compiler spills, and it does so where small tiles are allowed fewer.
 _LEAST_REGISTERS, _MAX_REGISTERS = 96, 232
 # Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
@@ -43,8 +52,6 @@ _WORD_BYTES, _LINE_BYTES = 8, 128
 _MAX_BITS = 20
 # Rows of x of a turn that may have phases of their own: see kPhaseBits.
 _MAX_RUNS = 9
-# Fewer rows of dy are a ring in registers.
-_AGAIN_ROWS = 4
 # At larger strides neighbouring columns share little.
 _MAX_STRIDE = 2
 
@@ -69,7 +76,6 @@ class Tile:
     stride: Pair
     spacing: Pair
     runs: bool = False
-    again: bool = False
 
     @property
     def channels(self) -> int:
@@ -96,11 +102,11 @@ def channels_last_staged(g: Conv2dGeometry, dtype: str, bias: bool, target: Targ
     size = DTYPES[dtype][1]
     if not (aligned or size == 4):
         raise Unsuitable("copies words of 4 bytes, and elements of 2 bytes do not start at a multiple of that")
-    # Tiles that read rows of dy again have been tested, but not timed: until they are, none is chosen.
-    choices = [tile for tile in tiles(g, dtype, bias, target, aligned) if not tile.again]
-    if not choices:
+    table, fits = _table(g, dtype, bias, target, aligned)
+    best = cheapest_of(table, fits, _cost(g, dtype, bias, target, table))
+    if best is None:
         raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
-    return tile_plan(g, dtype, bias, min(choices, key=lambda tile: _cost(g, dtype, bias, target, tile)))
+    return tile_plan(g, dtype, bias, best)
 
 
 def _copy(g: Conv2dGeometry, size: int, aligned: bool) -> int:
@@ -116,11 +122,11 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
     grid = (-(-g.K // tile.channels) * column_blocks, slabs, 1)
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)) or rows > MAX_GRID[0]:
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
-    x_pixels, dy_pixels = _pixels(g, tile)
+    x_pixels, dy_pixels = map(int, _pixels(g, tile))
     largest = tile.images * max(g.H * g.W, g.P * g.Q) * g.K
     if largest > MAX_GRID[0] or tile.images * max(x_pixels, dy_pixels) + tile.threads > MAX_DIVIDEND:
         raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
-    x_size, dy_size = _sizes(g, tile, size)
+    x_size, dy_size = map(int, _sizes(g, tile, size))
     whole = _whole(g, tile)
     sums = Plan(
         source="depthwise_wgrad_channels_last_staged",
@@ -141,7 +147,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("DY_COPIES", _copies(tile, dy_size, size)),
             ("STRIDE_H", tile.stride[0]),
             ("STRIDE_W", tile.stride[1]),
-            ("KEPT", _ring(g, tile) if tile.again else 1),
             ("RUNS", int(tile.runs)),
             ("DILATED", int(g.dilation != (1, 1))),
             ("WIDTH", g.W if whole else 0),
@@ -149,7 +154,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
         ),
         grid=grid,
         block=tile.threads,
-        shared_bytes=_shared_bytes(g, dtype, bias, tile),
+        shared_bytes=int(_shared_bytes(g, dtype, bias, tile)),
         parameters=(
             ("N", g.N),
             ("K", g.K),
@@ -163,7 +168,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("dy_pixels", dy_pixels),
             ("x_size", x_size),
             ("dy_size", dy_size),
-            ("stage_size", _stage_bytes(g, tile, size) // size),
+            ("stage_size", int(_stage_bytes(g, tile, size)) // size),
             ("x_plane", g.H * g.W * g.K),
             ("dy_plane", g.P * g.Q * g.K),
             ("x_line", g.dilation[0] * g.W * g.K),
@@ -184,89 +189,106 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
 
 def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[Tile]:
     """The tiles that a thread's registers and a block's shared memory hold."""
+    return iter(dict.fromkeys(each_of(*_table(g, dtype, bias, target, aligned))))
+
+
+def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> tuple[Tile, Any]:
+    """All tiles as one of arrays, some of them several times, and which of them fit."""
     size = DTYPES[dtype][1]
     copy = _copy(g, size, aligned)
+    of_thread = those_of(*_threads(g, size, copy, aligned), 2)
+    of_block = those_of(*_blocks(g, of_thread, copy // size), 1)
+    stages: Any = axis_of(_STAGES, 0)
+    staged = replace(of_block, stages=stages)
+    shared = _shared_bytes(g, dtype, bias, staged)
+    resident = np.minimum(
+        target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
+        # Registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
+        np.minimum(4 * (512 // _registers(g, staged)) // (staged.threads // 32), 2048 // staged.threads),
+    )
+    fits = (shared <= target.shared_per_block - SHARED_RESERVE) & (resident >= 1)
+    return _slabs(g, target, those_of(replace(staged, blocks=resident), fits, 1))
+
+
+def _threads(g: Conv2dGeometry, size: int, copy: int, aligned: bool) -> tuple[Tile, Any]:
+    """The tiles of one thread, and which of them its registers hold."""
     # Rows this far apart read rows that are whole dilations apart, so that they can share them.
     common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
     spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
     # Of a longer stride, no more rows than the kernel has meet dy.
     stride = (min(g.stride[0] // common[0], g.R), g.stride[1] // common[1])
-    dilated = g.dilation != (1, 1)
     widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
-    vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
     columns_choices = [n for n in _COLUMNS if n == 1 or (stride[1] <= _MAX_STRIDE and (n - 1) * spacing[1] < g.Q)]
     # Few columns share little, too.
     columns_choices = [n for n in columns_choices if n >= 3] or columns_choices
     if g.Q not in columns_choices and stride[1] <= _MAX_STRIDE and _narrow(g):
         columns_choices.append(g.Q)
-    piece = copy // size
-    runs = copy < VECTOR_BYTES and aligned and not dilated and stride[0] <= _MAX_RUNS
-    for columns, vector, again in product(columns_choices, vectors, (False, True)):
-        thread = Tile(
-            vector=vector,
-            groups=1,
-            columns=columns,
-            strips=1,
-            images=1,
-            stages=2,
-            blocks=1,
-            slab_rows=1,
-            copy=copy,
-            stride=(stride[0], stride[1] if columns > 1 else 1),
-            spacing=(spacing[0], spacing[1] if columns > 1 else 1),
-            again=again,
-        )
-        if _ring(g, thread) + stride[0] > _MAX_BITS or (again and _ring(g, thread) < _AGAIN_ROWS):
-            continue
-        registers = _registers(g, thread)
-        products = g.R * g.S * columns * vector * (1 if again else _ring(g, thread))
-        if (columns, vector) != (1, 1) and (registers > _MAX_REGISTERS or products > _MAX_PRODUCTS):
-            continue
-        shapes = [] if copy < 4 else list(_shapes(g, thread, _channel_choices(g.K, piece)))
-        if runs and not again and g.K // vector <= _MAX_THREADS:
-            shapes += _shapes(g, replace(thread, copy=VECTOR_BYTES, runs=True), [g.K])
-        for shape, stages in product(shapes, _STAGES):
-            tile = replace(shape, stages=stages + (_ring(g, thread) - 1 if again else 0))
-            shared = _shared_bytes(g, dtype, bias, tile)
-            if shared > target.shared_per_block - SHARED_RESERVE:
-                continue
-            blocks = min(
-                target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
-                # Registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
-                4 * (512 // registers) // (tile.threads // 32),
-                2048 // tile.threads,
-            )
-            if blocks >= 1:
-                yield from _slabs(g, target, replace(tile, blocks=blocks))
+    columns, vector, runs = (
+        axis_of(columns_choices, 2),
+        axis_of([vector for vector in (4, 2, 1) if widest % vector == 0], 1),
+        axis_of((False, True), 0).astype(bool),
+    )
+    copies: Any = np.where(runs, VECTOR_BYTES, copy)
+    stride_w: Any = np.where(columns > 1, stride[1], 1)
+    spacing_w: Any = np.where(columns > 1, spacing[1], 1)
+    thread = Tile(
+        vector=vector,
+        groups=1,
+        columns=columns,
+        strips=1,
+        images=1,
+        stages=2,
+        blocks=1,
+        slab_rows=1,
+        copy=copies,
+        stride=(stride[0], stride_w),
+        spacing=(spacing[0], spacing_w),
+        runs=runs,
+    )
+    ring = _ring(g, thread)
+    products = g.R * g.S * columns * vector * ring
+    small = (_registers(g, thread) <= _MAX_REGISTERS) & (products <= _MAX_PRODUCTS)
+    # One column of one channel is a tile whatever it takes.
+    fits = (small | ((columns == 1) & (vector == 1))) & (ring + stride[0] <= _MAX_BITS)
+    some_runs = copy < VECTOR_BYTES and aligned and g.dilation == (1, 1) and stride[0] <= _MAX_RUNS
+    fit_runs = some_runs & (g.K // vector <= _MAX_THREADS)
+    return thread, fits & np.where(runs, fit_runs, copy >= 4)
 
 
-def _shapes(g: Conv2dGeometry, thread: Tile, channel_choices: list[int]) -> Iterator[Tile]:
-    """The blocks of such threads."""
+def _blocks(g: Conv2dGeometry, thread: Tile, piece: int) -> tuple[Tile, Any]:
+    """The tiles with the channels, and the strips and images, of a block, on two more axes; and which there are."""
+    choices = _channel_choices(g.K, piece)
+    most = np.where(thread.runs, g.K, choices[-1])
+    channels = axis_of(sorted({*choices, g.K}), 1)
+    # Strips of even parts of rows, or of whole ones, here 0, which several images may have.
+    part = axis_of((*_STRIPS, *(0 for _ in _IMAGES)), 0)
+    images = axis_of((*(1 for _ in _STRIPS), *_IMAGES), 0)
     column_items = _column_items(g, thread)
-    # Strips of whole rows, or of even parts of them.
-    parts = {-(-column_items // n) for n in range(1, 17)} & {*_STRIPS, column_items}
-    strips_choices = [column_items] if g.dilation != (1, 1) else sorted(parts)
-    for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
-        if channels % thread.vector or (images > 1 and (strips < column_items or images > g.N or thread.runs)):
-            continue
-        shape = replace(thread, groups=channels // thread.vector, strips=strips, images=images)
-        if shape.threads <= _MAX_THREADS and (shape.threads >= 96 or channels == channel_choices[-1]):
-            yield shape
+    strips: Any = np.where(part > 0, part, column_items)
+    parts = -(-column_items // strips)
+    even = (strips < column_items) & (parts <= _MAX_PARTS) & (-(-column_items // parts) == strips)
+    tile = replace(thread, groups=channels // thread.vector, strips=strips, images=images)
+    fits = (channels % thread.vector == 0) & np.where(thread.runs, channels == g.K, channels <= most)
+    fits = fits & ((part == 0) | (even & (g.dilation == (1, 1))))
+    fits = fits & ((images == 1) | ((images <= g.N) & np.logical_not(thread.runs)))
+    return tile, fits & (tile.threads <= _MAX_THREADS) & ((tile.threads >= _LEAST_THREADS) | (channels == most))
 
 
-def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> Iterator[Tile]:
-    """The tile with as many slabs as fill the device, of any rows and of whole strips, or half of it; and with one."""
+def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> tuple[Tile, Any]:
+    """The tiles with as many slabs as fill the device, of any rows and of whole strips, or half of it; and with one: on
+    one more axis. All of them fit."""
     strip_rows, rows = _rows(g, tile)
-    side_by_side = -(-g.K // tile.channels) * -(-_column_items(g, tile) // tile.strips)
+    side_by_side = _side_by_side(g, tile)
     blocks = target.multiprocessors * tile.blocks
-    once, half = (-(-rows // max(1, min(MAX_GRID[1], n // side_by_side))) for n in (blocks, blocks // 2))
-    for slab_rows in {rows, once, *(-(-slab // strip_rows) * strip_rows for slab in (once, half))}:
-        yield replace(tile, slab_rows=slab_rows)
+    once, half = (-(-rows // np.clip(n // side_by_side, 1, MAX_GRID[1])) for n in (blocks, blocks // 2))
+    whole_strips = (-(-slab // strip_rows) * strip_rows for slab in (once, half))
+    slab_rows: Any = np.concatenate((rows, once, *whole_strips), axis=1)
+    return replace(tile, slab_rows=slab_rows), np.ones(slab_rows.shape, bool)
 
 
-def _whole(g: Conv2dGeometry, tile: Tile) -> bool:
+def _whole(g: Conv2dGeometry, tile: Tile) -> Any:
     """Whether a strip is as wide as dy, and x narrow enough for its width to be known at compile time."""
-    return tile.columns == g.Q and _narrow(g) and not tile.runs
+    return (tile.columns == g.Q) & np.logical_not(tile.runs) & _narrow(g)
 
 
 def _narrow(g: Conv2dGeometry) -> bool:
@@ -280,83 +302,86 @@ def _channel_choices(K: int, piece: int) -> list[int]:
     return sorted({*whole, *some}) or [-(-K // piece) * piece]
 
 
-def _column_items(g: Conv2dGeometry, tile: Tile) -> int:
+def _column_items(g: Conv2dGeometry, tile: Tile) -> Any:
     """Strips of an image side by side, one for each of `spacing` beginnings."""
     return -(-g.Q // (tile.columns * tile.spacing[1])) * tile.spacing[1]
 
 
-def _rows(g: Conv2dGeometry, tile: Tile) -> Pair:
+def _side_by_side(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Blocks of one slab."""
+    return -(-g.K // tile.channels) * -(-_column_items(g, tile) // tile.strips)
+
+
+def _rows(g: Conv2dGeometry, tile: Tile) -> tuple[Any, Any]:
     """Rows of a strip, and of all strips that a block's threads go down together, one after the other."""
     strip_rows = -(-g.P // tile.spacing[0])
     return strip_rows, -(-g.N // tile.images) * tile.spacing[0] * strip_rows
 
 
-def _ring(g: Conv2dGeometry, tile: Tile) -> int:
+def _ring(g: Conv2dGeometry, tile: Tile) -> Any:
     """kRing: rows of dy that one row of x meets."""
     return -(-g.R // tile.stride[0])
 
 
-def _span(g: Conv2dGeometry, tile: Tile) -> int:
+def _span(g: Conv2dGeometry, tile: Tile) -> Any:
     """kSpan: columns of x that a strip needs."""
     return (tile.columns - 1) * tile.stride[1] + g.S
 
 
-def _pixels(g: Conv2dGeometry, tile: Tile) -> Pair:
+def _pixels(g: Conv2dGeometry, tile: Tile) -> tuple[Any, Any]:
     """Columns of x and of dy from the first that a block's strips need to the last."""
     strip = tile.strips - 1
     last = strip + strip // tile.spacing[1] * (tile.columns - 1) * tile.spacing[1]
     of_dy = last + (tile.columns - 1) * tile.spacing[1] + 1
-    if _whole(g, tile):
-        return g.W, of_dy
-    return last * g.stride[1] + (_span(g, tile) - 1) * g.dilation[1] + 1, of_dy
+    of_x = last * g.stride[1] + (_span(g, tile) - 1) * g.dilation[1] + 1
+    return np.where(_whole(g, tile), g.W, of_x), of_dy
 
 
-def _sizes(g: Conv2dGeometry, tile: Tile, size: int) -> Pair:
+def _sizes(g: Conv2dGeometry, tile: Tile, size: int) -> tuple[Any, Any]:
     """Elements of a row of x and of one of dy in shared memory."""
     x_pixels, dy_pixels = _pixels(g, tile)
-    if not tile.runs:
-        return tile.images * x_pixels * tile.channels, tile.images * dy_pixels * tile.channels
-    # Whole copies, those of zeros before the row too; a row begins anywhere in its first.
+    # Of runs whole copies, those of zeros before the row too; a row begins anywhere in its first.
     piece = VECTOR_BYTES // size
     lead = -(-g.padding[1][0] * g.K // piece)
     of_x, of_dy = (-(-(pixels * g.K + piece - 1) // piece) for pixels in (x_pixels, dy_pixels))
-    return (lead + of_x) * piece, of_dy * piece
+    x_size = np.where(tile.runs, (lead + of_x) * piece, tile.images * x_pixels * tile.channels)
+    return x_size, np.where(tile.runs, of_dy * piece, tile.images * dy_pixels * tile.channels)
 
 
-def _stage_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+def _stage_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> Any:
     x_size, dy_size = _sizes(g, tile, size)
     used = (tile.stride[0] * x_size + dy_size) * size + _WORD_BYTES
     return -(-used // _LINE_BYTES) * _LINE_BYTES
 
 
-def _copies(tile: Tile, elements: int, size: int) -> int:
+def _copies(tile: Tile, elements: Any, size: int) -> Any:
     """Of a thread and row."""
     return -(-elements * size // tile.copy // tile.threads)
 
 
-def _registers(g: Conv2dGeometry, tile: Tile) -> int:
-    """Registers that a thread is to have."""
-    span = g.W if _whole(g, tile) else _span(g, tile)
-    rows = 2 if tile.again else _ring(g, tile)
-    values = g.R * g.S + 1 + rows * tile.columns + span
-    return min(255, max(_LEAST_REGISTERS, -(-(values * tile.vector + 44) // 8) * 8))
+def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Registers that a thread is to have: as many with runs as without."""
+    span = np.where(_whole(g, replace(tile, runs=False)), g.W, _span(g, tile))
+    values = g.R * g.S + 1 + _ring(g, tile) * tile.columns + span
+    return np.clip(-(-(values * tile.vector + 44) // 8) * 8, _LEAST_REGISTERS, 255)
 
 
-def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> int:
+def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> Any:
     """For the ring of turns; in the end for the sums of every thread."""
     turn = _stage_bytes(g, tile, DTYPES[dtype][1])
     sums = (g.R * g.S + bias) * tile.images * tile.strips * tile.channels * sum_bytes(dtype)
-    return max(tile.stages * turn, sums)
+    return np.maximum(tile.stages * turn, sums)
 
 
-@lru_cache(maxsize=64)
 def _met(outputs: int, inputs: int, taps: int, stride: int, dilation: int, before: int) -> float:
     """Of the products of an axis, those with what is no padding."""
-    reach = range(-before, (taps - 1) * dilation - before + 1, dilation)
-    return sum(0 <= p * stride + tap < inputs for p in range(outputs) for tap in reach) / (outputs * taps)
+    reach = np.arange(taps) * dilation - before
+    # Of every tap, the outputs from the first that meets an input to the first behind the last.
+    first, behind = (np.clip(-((reach - bound) // stride), 0, outputs) for bound in (0, inputs))
+    return float(np.sum(behind - first)) / (outputs * taps)
 
 
-def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> float:
+def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
     """What ranks tiles: issue slots an element of dy, and what else takes time in the same unit.
 
     The weights were fitted to the times of 700 tiles (13 cases in three dtypes on an H200): of those measured, the tile
@@ -364,43 +389,43 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     """
     size = DTYPES[dtype][1]
     strip_rows, rows = _rows(g, tile)
-    side_by_side = -(-g.K // tile.channels) * -(-_column_items(g, tile) // tile.strips)
+    side_by_side = _side_by_side(g, tile)
     blocks = -(-rows // tile.slab_rows) * side_by_side
     ring, entries = _ring(g, tile), g.R * g.S + bias
     # Of a block: rows, and turns with those before the first row of x in every strip, or behind its last.
     ends = tile.slab_rows / strip_rows + (tile.slab_rows % strip_rows > 0)
-    turns = tile.slab_rows + ends * max(0, ring - 1 - g.padding[0][1] / (tile.stride[0] * g.dilation[0]))
+    turns = tile.slab_rows + ends * np.maximum(0, ring - 1 - g.padding[0][1] / (tile.stride[0] * g.dilation[0]))
     x_size, dy_size = _sizes(g, tile, size)
     copies = tile.stride[0] * _copies(tile, x_size, size) + _copies(tile, dy_size, size)
     whole = _whole(g, tile)
-    loads = tile.stride[0] * (g.W if whole else _span(g, tile)) + tile.columns * (ring if tile.again else 1)
-    met = _met(g.P, g.H, g.R, g.stride[0], g.dilation[0], g.padding[0][0])
-    if whole:
-        met *= _met(g.Q, g.W, g.S, g.stride[1], 1, g.padding[1][0])
+    loads = tile.stride[0] * np.where(whole, g.W, _span(g, tile)) + tile.columns
+    met_of_row = np.where(whole, _met(g.Q, g.W, g.S, g.stride[1], 1, g.padding[1][0]), 1.0)
+    met = _met(g.P, g.H, g.R, g.stride[0], g.dilation[0], g.padding[0][0]) * met_of_row
     outputs = tile.columns * tile.vector
     conversions = 2.4 * tile.vector * (size == 2)
     slots = turns * (48 + 23 * copies + loads * (0.3 + conversions))
     slots += tile.slab_rows * outputs * (g.R * g.S * met + 1)
     slots += 54 + 330 * ends + 22 * entries * tile.vector
     # Unrolled turns come out of an instruction cache.
-    code = (1 if tile.again else ring) * (g.R * g.S * outputs + 2 * loads * tile.vector + 100)
-    slots *= 1 + 0.093 * max(0.0, math.log(code / 1500))
+    code = ring * (g.R * g.S * outputs + 2 * loads * tile.vector + 100)
+    slots *= 1 + 0.093 * np.maximum(0.0, np.log(code / 1500))
     # Blocks that the busiest multiprocessor has, and how many of them at once.
     most = -(-blocks // target.multiprocessors)
-    active = min(most, tile.blocks)
-    most = most if most <= tile.blocks else -(-most // tile.blocks) * tile.blocks
+    active = np.minimum(most, tile.blocks)
+    most = np.where(most <= tile.blocks, most, -(-most // tile.blocks) * tile.blocks)
     waves = most * target.multiprocessors / blocks
-    busy = 1 - math.exp(-0.22 * active * tile.threads / 32)
+    busy = 1 - np.exp(-0.22 * active * tile.threads / 32)
     # 128 bytes a pass over the banks of shared memory.
-    passes = turns * loads * max(1, tile.vector * size / 4)
+    passes = turns * loads * np.maximum(1, tile.vector * size / 4)
     issue = blocks * tile.threads / g.y_size * (slots / busy + 0.08 * passes)
     # Lines of 128 bytes that two blocks share, or that are copied to parts of two.
     stage = _stage_bytes(g, tile, size)
-    moved = blocks * turns * stage * (1.37 if tile.channels * size % _LINE_BYTES else 1.0)
+    moved = blocks * turns * stage * np.where(tile.channels * size % _LINE_BYTES > 0, 1.37, 1.0)
     moved += 2 * blocks * entries * tile.channels * sum_bytes(dtype)
     # The less is on its way to a multiprocessor, the longer the memory takes.
-    flight = active * (tile.stages - (ring if tile.again else 1)) * stage
+    flight = active * (tile.stages - 1) * stage
     memory = 7 * moved / g.y_size * (1 + 4400 / flight)
     # The second launch.
-    launch = 0.0 if rows <= tile.slab_rows and side_by_side * tile.channels < g.K + tile.channels else 3e8 / g.y_size
-    return (max(issue, memory) + 0.27 * min(issue, memory)) * waves + launch
+    one = (rows <= tile.slab_rows) & (side_by_side * tile.channels < g.K + tile.channels)
+    launch = np.where(one, 0.0, 3e8 / g.y_size)
+    return (np.maximum(issue, memory) + 0.27 * np.minimum(issue, memory)) * waves + launch
