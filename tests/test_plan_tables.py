@@ -10,7 +10,18 @@ from geometries import GEOMETRIES, suits
 
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
-from cuconv.plan import Plan, Target, Unsuitable, channels_last, runs, tiles, toeplitz, wgrad, wgrad_channels_last
+from cuconv.plan import (
+    Plan,
+    Target,
+    Unsuitable,
+    channels_last,
+    channels_last_staged,
+    runs,
+    tiles,
+    toeplitz,
+    wgrad,
+    wgrad_channels_last,
+)
 from cuconv.plan import wgrad_channels_last_staged as staged
 from cuconv.plan.base import SHARED_RESERVE
 
@@ -23,6 +34,7 @@ def large_geometries():
     yield depthwise_geometry((64, 192, 56, 56), (192, 1, 7, 7), padding=3)
     yield depthwise_geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)
     yield depthwise_geometry((64, 128, 112, 112), (128, 1, 3, 3), stride=2, padding=1)
+    yield depthwise_geometry((64, 192, 14, 14), (192, 1, 3, 3), padding=1, channels_last=True)
     for _ in range(20):
         R, S = rng.choice((1, 3, 3, 5, 7, 11)), rng.choice((1, 3, 3, 5, 7, 11))
         C, extents = rng.choice((3, 8, 67, 256)), (rng.choice((7, 14, 56, 129)), rng.choice((7, 14, 56, 131)))
@@ -45,6 +57,10 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
         of_channels = channels_last.tiles(g, dtype, target, True)
         best = min(of_channels, key=lambda tile: float(channels_last._cost(g, dtype, target, tile, False)))
         return channels_last.tile_plan(g, dtype, best)
+    if variant == "channels_last_staged":
+        staged = channels_last_staged.tiles(g, dtype, target, True)
+        best_staged = min(staged, key=lambda tile: float(channels_last_staged._cost(g, dtype, target, tile)))
+        return channels_last_staged.tile_plan(g, dtype, best_staged)
     if variant == "toeplitz":
         bands = toeplitz.tiles(g, True, budget)
         return toeplitz.tile_plan(g, dtype, min(bands, key=lambda tile: float(toeplitz._cost(g, target, tile))))
@@ -52,7 +68,7 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
     return tiles.tile_plan(g, dtype, min(of_large, key=lambda tile: float(tiles.cost(g, target, tile))))
 
 
-@pytest.mark.parametrize("variant", ["runs", "channels_last", "toeplitz", "tiles"])
+@pytest.mark.parametrize("variant", ["runs", "channels_last", "channels_last_staged", "toeplitz", "tiles"])
 def test_a_plan_is_of_the_tile_that_costs_least(variant):
     seen = 0
     for g in (*large_geometries(), *GEOMETRIES.values()):
@@ -102,7 +118,7 @@ def test_a_staged_plan_of_wgrad_is_of_the_tile_that_costs_least():
 def test_plans_hold_integers_and_strings_alone():
     """An integer of NumPy's would be another text in a define, and another type in a launch."""
     for g in GEOMETRIES.values():
-        for variant in ("runs", "channels_last", "toeplitz", "tiles"):
+        for variant in ("runs", "channels_last", "channels_last_staged", "toeplitz", "tiles"):
             if suits(variant, "forward", g, "float16"):
                 chosen = plan.depthwise_forward(g, "float16", H200, variant)
                 check_types(chosen)

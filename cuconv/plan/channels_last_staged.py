@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from typing import Any
+
+import numpy as np
 
 from ..geometry import Conv2dGeometry, Pair
 from .base import (
@@ -18,8 +20,12 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
     magic,
     plane_parameters,
+    those_of,
 )
 from .runs import dense_dgrad_as_forward
 
@@ -95,10 +101,11 @@ def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: 
     size = DTYPES[dtype][1]
     if _copy(g, size, aligned) < 4:
         raise Unsuitable(f"copies words of 4 bytes of aligned arrays, and has {g.K} channels of {size} bytes")
-    choices = list(tiles(g, dtype, target, aligned))
-    if not choices:
+    table, fits = _table(g, dtype, target, aligned)
+    best = cheapest_of(table, fits, _cost(g, dtype, target, table))
+    if best is None:
         raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
-    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, dtype, target, tile)), turned)
+    return tile_plan(g, dtype, best, turned)
 
 
 def _copy(g: Conv2dGeometry, size: int, aligned: bool) -> int:
@@ -109,7 +116,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
     size = DTYPES[dtype][1]
     column_items, row_items = _items(g, tile)
     column_blocks = -(-column_items // tile.strips)
-    pixels = _pixels(g, tile)
+    pixels = int(_pixels(g, tile))
     grid = (-(-g.K // tile.channels) * column_blocks, row_items, -(-g.N // (tile.images * tile.turns)))
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
@@ -134,7 +141,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("COLUMNS", tile.columns),
             ("STAGES", tile.stages),
             ("COPY", tile.copy),
-            ("COPIES", _copies(g, tile, size)),
+            ("COPIES", int(_copies(g, tile, size))),
             ("STRIDE_H", tile.stride[0]),
             ("STRIDE_W", tile.stride[1]),
             ("DILATED", int(g.dilation != (1, 1))),
@@ -145,7 +152,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
         ),
         grid=grid,
         block=tile.threads,
-        shared_bytes=_shared_bytes(g, tile, size),
+        shared_bytes=int(_shared_bytes(g, tile, size)),
         parameters=(
             ("N", g.N),
             ("K", g.K),
@@ -166,55 +173,62 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
 
 def tiles(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Iterator[Tile]:
     """The tiles that a thread's registers and a block's shared memory hold."""
+    return each_of(*_table(g, dtype, target, aligned))
+
+
+def _table(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> tuple[Tile, Any]:
+    """The same as one tile of arrays, and which of them fit."""
     size = DTYPES[dtype][1]
     copy = _copy(g, size, aligned)
     # Rows this far apart read rows that are whole dilations apart, so that they can share them.
     common = [math.gcd(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
     spacing = (g.dilation[0] // common[0], g.dilation[1] // common[1])
     stride = (g.stride[0] // common[0], g.stride[1] // common[1])
-    dilated = g.dilation != (1, 1)
     widest = math.gcd(g.K, VECTOR_BYTES // size) if aligned else 1
     vectors = [vector for vector in (4, 2, 1) if widest % vector == 0]
-    piece = copy // size
     columns_choices = [n for n in _COLUMNS if (n - 1) * spacing[1] < g.Q] or [1]
     if _whole(g, g.Q):
         columns_choices = [g.Q, *(n for n in columns_choices if n < g.Q)]
     down = -(-g.P // spacing[0])
     rows_choices = sorted({-(-down // pieces) for pieces in _PIECES})
-    channel_choices = _channel_choices(g.K, piece)
-    for columns, vector in product(columns_choices, vectors):
-        registers = _registers(g, stride, columns, vector, size)
-        if min(registers) > _MAX_REGISTERS or _products(g, stride, columns, vector) > _MAX_PRODUCTS:
-            continue
-        column_items = -(-g.Q // (columns * spacing[1])) * spacing[1]
-        strips_choices = {column_items}
-        if not dilated:
-            strips_choices |= {-(-column_items // -(-column_items // n)) for n in _BLOCK_STRIPS}
-        for channels, strips, images in product(channel_choices, strips_choices, _IMAGES):
-            if channels % vector or (images > 1 and (strips < column_items or images > g.N)):
-                continue
-            groups = channels // vector
-            threads = -(-groups * strips * images // 32) * 32
-            if not _MIN_THREADS <= threads <= _MAX_THREADS and (threads > _MAX_THREADS or strips < column_items):
-                continue
-            if images > 1 and threads > 256:
-                continue
-            bare = Tile(vector, groups, 1, columns, strips, images, 1, _STAGES, 1, copy, stride, spacing)
-            shared = _shared_bytes(g, bare, size)
-            copies = _copies(g, bare, size)
-            if shared > target.shared_per_block - SHARED_RESERVE or copies > _MAX_COPIES:
-                continue
-            most = min(32, 2048 // threads, target.shared_per_multiprocessor // (shared + SHARED_RESERVE))
-            blocks_choices = {min(most, _blocks(threads, n + 4 * max(0, copies - 4))) for n in registers}
-            turns_choices = [n for n in _TURNS if n == 1 or g.N % (images * n) == 0]
-            for blocks, rows, turns in product(blocks_choices - {0}, rows_choices, turns_choices):
-                if turns == 1 or rows == down:
-                    yield replace(bare, rows=rows, turns=turns, blocks=blocks)
+    # Axes of what decides whether a tile fits; channels are whole vectors.
+    columns, vector = axis_of(columns_choices, 4), axis_of(vectors, 3)
+    channels, images = axis_of(_channel_choices(g.K, copy // size), 2), axis_of(_IMAGES, 0)
+    # Strips of a block, all that lie side by side last: they never get fewer, so that equal numbers are neighbours.
+    column_items = -(-g.Q // (columns * spacing[1])) * spacing[1]
+    some = () if g.dilation != (1, 1) else _BLOCK_STRIPS
+    strips: Any = np.concatenate([-(-column_items // -(-column_items // n)) for n in (*some, column_items)], axis=3)
+    bare = Tile(vector, channels // vector, 1, columns, strips, images, 1, _STAGES, 1, copy, stride, spacing)
+    all_strips = strips == column_items
+    fits = (
+        (np.diff(strips, axis=3, prepend=0) > 0)
+        & ((images == 1) | all_strips & (images <= g.N) & (bare.threads <= 256))
+        & (bare.threads <= _MAX_THREADS)
+        & ((bare.threads >= _MIN_THREADS) | all_strips)
+        & (_registers(g, bare, min(_REGISTERS_BESIDE)) <= _MAX_REGISTERS)
+        & (_products(g, bare) <= _MAX_PRODUCTS)
+        & (_shared_bytes(g, bare, size) <= target.shared_per_block - SHARED_RESERVE)
+        & (_copies(g, bare, size) <= _MAX_COPIES)
+    )
+    # Those that do, on one axis before the others.
+    bare = those_of(bare, fits, 3)
+    beside, rows, turns = axis_of(_REGISTERS_BESIDE, 2), axis_of(rows_choices, 1), axis_of(_TURNS, 0)
+    threads, copies, shared = bare.threads, _copies(g, bare, size), _shared_bytes(g, bare, size)
+    most = np.minimum(np.minimum(32, 2048 // threads), target.shared_per_multiprocessor // (shared + SHARED_RESERVE))
+    registers = _registers(g, bare, beside) + 4 * np.maximum(0, copies - 4)
+    blocks = np.minimum(most, _blocks(threads, registers))
+    fits = (
+        (blocks > 0)
+        & (np.diff(blocks, axis=1, prepend=0) != 0)
+        & ((turns == 1) | (rows == down) & (g.N % (bare.images * turns) == 0))
+    )
+    # Costs are divided by blocks, those of tiles that do not fit too.
+    return replace(bare, rows=rows, turns=turns, blocks=np.maximum(1, blocks)), fits
 
 
-def _whole(g: Conv2dGeometry, columns: int) -> bool:
+def _whole(g: Conv2dGeometry, columns: Any) -> Any:
     """Whether a strip of so many columns is as wide as y, and x is narrow enough to be known at compile time."""
-    return columns == g.Q and g.dilation == (1, 1) and g.W <= _MAX_WIDTH * g.stride[1] and g.Q <= _MAX_WIDTH
+    return (columns == g.Q) & (g.dilation == (1, 1) and g.W <= _MAX_WIDTH * g.stride[1] and g.Q <= _MAX_WIDTH)
 
 
 def _channel_choices(K: int, piece: int) -> list[int]:
@@ -232,27 +246,28 @@ def _channel_choices(K: int, piece: int) -> list[int]:
     return sorted(choices)
 
 
-def _registers(g: Conv2dGeometry, stride: Pair, columns: int, vector: int, size: int) -> list[int]:
-    """Registers that a thread is to have."""
-    values = _ring(g, stride) * columns + g.R * g.S + (columns - 1) * stride[1] + g.S
-    return [min(255, values * vector + beside) for beside in _REGISTERS_BESIDE]
+def _registers(g: Conv2dGeometry, tile: Tile, beside: Any) -> Any:
+    """Registers that a thread is to have, so many of them beside."""
+    stride = tile.stride
+    values = _ring(g, stride) * tile.columns + g.R * g.S + (tile.columns - 1) * stride[1] + g.S
+    return np.minimum(255, values * tile.vector + beside)
 
 
-def _blocks(threads: int, registers: int) -> int:
+def _blocks(threads: Any, registers: Any) -> Any:
     """Of so many threads of so many registers each, those that a multiprocessor holds: its four parts share them out by
     warps."""
     warps_of_part = 512 // (-(-registers // 8) * 8)
     return 4 * warps_of_part * 32 // threads
 
 
-def _copies(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+def _copies(g: Conv2dGeometry, tile: Tile, size: int) -> Any:
     """Of a thread and row."""
     copies = tile.images * _pixels(g, tile) * tile.channels * size // tile.copy
     return -(-copies // tile.threads)
 
 
-def _products(g: Conv2dGeometry, stride: Pair, columns: int, vector: int) -> int:
-    return g.R * g.S * columns * vector * _ring(g, stride)
+def _products(g: Conv2dGeometry, tile: Tile) -> Any:
+    return g.R * g.S * tile.columns * tile.vector * _ring(g, tile.stride)
 
 
 def _ring(g: Conv2dGeometry, stride: Pair) -> int:
@@ -260,29 +275,27 @@ def _ring(g: Conv2dGeometry, stride: Pair) -> int:
     return -(-g.R // stride[0])
 
 
-def _items(g: Conv2dGeometry, tile: Tile) -> Pair:
+def _items(g: Conv2dGeometry, tile: Tile) -> tuple[Any, Any]:
     """Strips side by side, and one below the other: one for each of `spacing` beginnings."""
     across = -(-g.Q // (tile.columns * tile.spacing[1])) * tile.spacing[1]
     down = -(-g.P // (tile.rows * tile.spacing[0])) * tile.spacing[0]
     return across, down
 
 
-def _pixels(g: Conv2dGeometry, tile: Tile) -> int:
+def _pixels(g: Conv2dGeometry, tile: Tile) -> Any:
     """Columns of x from the first that a block's strips need to the last."""
-    if _whole(g, tile.columns):
-        return g.W
     strip = tile.strips - 1
     last = strip + strip // tile.spacing[1] * (tile.columns - 1) * tile.spacing[1]
     span = (tile.columns - 1) * tile.stride[1] + g.S
-    return last * g.stride[1] + (span - 1) * g.dilation[1] + 1
+    return np.where(_whole(g, tile.columns), g.W, last * g.stride[1] + (span - 1) * g.dilation[1] + 1)
 
 
-def _shared_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> int:
+def _shared_bytes(g: Conv2dGeometry, tile: Tile, size: int) -> Any:
     """The ring of rows, and the weights of a block's channels."""
     return (tile.stages * tile.images * _pixels(g, tile) + g.R * g.S) * tile.channels * size
 
 
-def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:
     """What ranks tiles: issue slots an output, and what else takes time in the same unit.
 
     The weights were fitted to the times of 2,000 tiles (13 cases in float32 and 16-bit on an H200): of those measured,
@@ -299,9 +312,9 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
     threads = tile.threads
     rows = (tile.rows - 1) * stride_h + g.R
     # Of them those of x.
-    of_x = min(rows, (-(-g.H // g.dilation[0]) + (pieces - 1) * max(0, g.R - stride_h)) / pieces)
-    columns = _column_pairs(g) if whole else g.S * tile.columns
-    span = g.W if whole else (tile.columns - 1) * stride_w + g.S
+    of_x = np.minimum(rows, (-(-g.H // g.dilation[0]) + (pieces - 1) * max(0, g.R - stride_h)) / pieces)
+    columns = np.where(whole, _column_pairs(g) if np.any(whole) else 0, g.S * tile.columns)
+    span = np.where(whole, g.W, (tile.columns - 1) * stride_w + g.S)
     slots = (
         of_x * g.R / stride_h * columns * tile.vector
         + of_x * span * (1.4 + 0.51 * tile.vector * narrow)
@@ -309,20 +322,20 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
         + tile.rows * tile.columns * (2.4 + 6 * tile.vector * narrow)
         + 460 / tile.turns
     )
-    busy = 1 - math.exp(-0.19 * tile.blocks * threads / 32)
+    busy = 1 - np.exp(-0.19 * tile.blocks * threads / 32)
     issue = slots * blocks * threads * tile.turns / g.y_size / busy
     # Rows and columns of x that neighbouring blocks need too come out of the L2 cache.
     again = of_x / (tile.rows * stride_h) - 1
-    beside = _pixels(g, tile) / max(1, min(g.W, tile.strips * tile.columns * g.stride[1])) - 1
+    beside = _pixels(g, tile) / np.maximum(1, np.minimum(g.W, tile.strips * tile.columns * g.stride[1])) - 1
     moved = 1 + g.x_size / g.y_size * (1 + 2.4 * again) * (1 + 0.13 * beside)
     memory = 6.1 * size * moved
     # Short runs of memory that warps store and blocks load; rows far apart at the same time; few warps a block or many.
-    apart = 0.00042 * (128 / min(128, tile.vector * size * min(tile.groups, 32)) - 1)
-    apart += 0.003 * (min(256, g.K * size) / min(256, tile.channels * size) - 1)
-    apart += 0.0099 * math.log2(max(1, tile.rows / 8)) + 0.013 * abs(math.log2(threads / 128))
+    apart = 0.00042 * (128 / np.minimum(128, tile.vector * size * np.minimum(tile.groups, 32)) - 1)
+    apart = apart + 0.003 * (min(256, g.K * size) / np.minimum(256, tile.channels * size) - 1)
+    apart = apart + 0.0099 * np.log2(np.maximum(1, tile.rows / 8)) + 0.013 * abs(np.log2(threads / 128))
     waves = blocks / (target.multiprocessors * tile.blocks)
-    uneven = (math.ceil(waves) / waves if waves < 8 else 1) - 1 + 0.091 / max(waves, 1)
-    return (max(issue, memory) + 0.1 * min(issue, memory)) * (1 + apart) * (1 + 0.27 * uneven)
+    uneven = np.where(waves < 8, np.ceil(waves) / waves, 1) - 1 + 0.091 / np.maximum(waves, 1)
+    return (np.maximum(issue, memory) + 0.1 * np.minimum(issue, memory)) * (1 + apart) * (1 + 0.27 * uneven)
 
 
 @lru_cache(maxsize=256)
