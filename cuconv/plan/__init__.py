@@ -78,13 +78,13 @@ _WGRAD = {
     "direct": wgrad.direct,
 }
 
-# Of the variants on tensor cores, those that are asked before all others: each says where.
+# Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {
     "images": images.beats_others,
     "toeplitz": toeplitz.beats_others,
-    "pairs": wgrad_pairs.beats_others,
-    "diagonals": wgrad_diagonals.beats_others,
+    "channels_last": channels_last.beats_others,
 }
+_BEATS_OTHERS_OF_WGRAD = {"pairs": wgrad_pairs.beats_others, "diagonals": wgrad_diagonals.beats_others}
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
 
@@ -130,7 +130,7 @@ def depthwise_forward(
 
     Unsuitable, a ValueError, where the forced variant cannot run.
     """
-    return _first_suitable(_FORWARD, forced, geometry, dtype, target, aligned)
+    return _first_suitable(_FORWARD, _BEATS_OTHERS, forced, geometry, dtype, target, aligned)
 
 
 @lru_cache(maxsize=4096)
@@ -138,7 +138,7 @@ def depthwise_dgrad(
     geometry: Conv2dGeometry, dtype: str, target: Target, forced: str | None = None, aligned: bool = True
 ) -> Plan:
     """The plan of the gradient of a depthwise convolution's input; aligned speaks of dy and dx."""
-    return _first_suitable(_DGRAD, forced, geometry, dtype, target, aligned)
+    return _first_suitable(_DGRAD, _BEATS_OTHERS, forced, geometry, dtype, target, aligned)
 
 
 @lru_cache(maxsize=4096)
@@ -147,19 +147,24 @@ def depthwise_wgrad(
 ) -> WgradPlan:
     """The plans of the gradients of a depthwise convolution's weights and, where bias is true, of its bias; aligned
     speaks of dy and x."""
-    return _first_suitable(_WGRAD, forced, geometry, dtype, bias, target, aligned)
+    return _first_suitable(_WGRAD, _BEATS_OTHERS_OF_WGRAD, forced, geometry, dtype, bias, target, aligned)
 
 
 _Chosen = TypeVar("_Chosen", Plan, WgradPlan)
 
 
-def _first_suitable(planners: Mapping[str, Callable[..., _Chosen]], forced: str | None, *arguments: Any) -> _Chosen:
+def _first_suitable(
+    planners: Mapping[str, Callable[..., _Chosen]],
+    asked_first: Mapping[str, Callable[..., bool]],
+    forced: str | None,
+    *arguments: Any,
+) -> _Chosen:
     if forced is not None and forced not in planners:
         raise Unsuitable(f"variant {forced}: this pass has {', '.join(planners)}")
     names = [forced] if forced is not None else list(planners)
     if forced is None:
         g, dtype, target = arguments[0], arguments[1], arguments[-2]
-        names[:0] = [name for name, beats in _BEATS_OTHERS.items() if name in planners and beats(g, dtype, target)]
+        names[:0] = [name for name, beats_others in asked_first.items() if beats_others(g, dtype, target)]
     reasons = []
     for name in names:
         try:

@@ -385,7 +385,7 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     """What ranks tiles: issue slots an element of dy, and what else takes time in the same unit.
 
     The weights were fitted to the times of 700 tiles (13 cases in three dtypes on an H200): of those measured, the tile
-    of least cost takes 2 % longer than the fastest on average, and at most 10 %.
+    of least cost takes 2 % longer than the fastest on average, and at most 20 %.
     """
     size = DTYPES[dtype][1]
     strip_rows, rows = _rows(g, tile)
