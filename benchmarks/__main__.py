@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peer-seconds",
         type=float,
         default=120,
-        help="time a peer until it took that long in a pass, compiling included",
+        help="time JAX and torch.compile until each took that long in a pass, compiling included",
     )
     add("--calls", action="store_true", help="time first calls and the host's part of every call, too")
     add("--add", action="store_true", help="to results of the same sources, such as those of the other passes")
@@ -99,7 +99,7 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
     """Measure every (operator, pass, case, dtype, layout) on the current GPU."""
     from tqdm import tqdm
 
-    budgets = {name: dict.fromkeys(peer_names, peer_seconds) for _, name, *_ in todo}
+    budgets = {name: peers.budgets(peer_names, peer_seconds) for _, name, *_ in todo}
     # Peers are given their own layouts: what they take is the same in every layout of the project's arrays.
     peers_of: dict[tuple[str, ...], dict[str, float | None]] = {}
     rows = []

@@ -10,10 +10,11 @@ Both have their defaults: PyTorch's cuDNN may use TF32 for float32 and does not 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -62,6 +63,13 @@ def wgrad(case: Case, gradients: list[tuple[Any, ...]]) -> dict[str, Peer]:
 
 
 NAMES = ("torch", "torch_channels_last", "torch_compile", "jax")
+# They compile for every case, for most of their time.
+_COMPILING = ("torch_compile", "jax")
+
+
+def budgets(names: Iterable[str], seconds: float) -> dict[str, float]:
+    """The seconds that each of the peers may take in a pass: no limit for those that compile nothing."""
+    return {name: seconds if name in _COMPILING else math.inf for name in names}
 
 
 def settings() -> dict[str, str]:

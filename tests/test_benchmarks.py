@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import cases, report
+from benchmarks import cases, peers, report
 from cuconv import measure
 
 ROOT = Path(report.__file__).parent.parent
@@ -125,6 +126,17 @@ def test_committed_results_are_well_formed() -> None:
         assert {"device", "date", "sources", "copy_GBps", "rows"} <= set(written)
         for line in written["rows"]:
             assert set(row("", "")) <= set(line)
+
+
+def test_only_peers_that_compile_have_a_limit() -> None:
+    """A limit that cut PyTorch off would leave the last cases without a peer."""
+    assert peers.budgets(peers.NAMES, 12) == {
+        "torch": math.inf,
+        "torch_channels_last": math.inf,
+        "torch_compile": 12,
+        "jax": 12,
+    }
+    assert peers.budgets((), 12) == {}
 
 
 def test_results_are_added_to_those_of_the_same_sources() -> None:
