@@ -108,6 +108,19 @@ def test_the_default_of_channels_last():
         g = geometry((16, channels, 40, 50), (channels, 1, 3, 3), **last)
         source = plan.depthwise_forward(g, dtype, H200, None, aligned).source
         assert source == f"depthwise_channels_last{'_staged' * staged}"
+    # Of pixels of less than 64 bytes the gradient of the weights alone is staged.
+    for channels, dtype, staged in (
+        (8, "float32", False),
+        (15, "float32", False),
+        (16, "float32", True),
+        (8, "float16", False),
+        (30, "float16", False),
+        (32, "float16", True),
+    ):
+        g = geometry((64, channels, 512, 512), (channels, 1, 3, 1), **last)
+        for make in PASSES:
+            assert make(g, dtype, H200).source == f"depthwise_channels_last{'_staged' * staged}"
+        assert plan.depthwise_wgrad(g, dtype, True, H200).source == "depthwise_wgrad_channels_last_staged"
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15, **last)
     assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
     multiplied = geometry((2, 3, 9, 12), (6, 1, 3, 2), **last)
