@@ -22,6 +22,7 @@
 // kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
 #include "indices.cuh"
 #include "numbers.cuh"
+#include "products.cuh"
 #include "runs.cuh"
 #include "wgrad_plainly.cuh"
 
@@ -81,16 +82,6 @@ struct Parameters {
   int row_groups;                  // of kernel rows
   int parts;                       // warps that share the rows of dy
 };
-
-__device__ __forceinline__ void multiply(f16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  ptx::multiply_halves(sum, a, b);
-}
-__device__ __forceinline__ void multiply(bf16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  ptx::multiply_bfloat16s(sum, a, b);
-}
-
-__device__ constexpr uint32 two_ones(f16) { return 0x3c003c00; }
-__device__ constexpr uint32 two_ones(bf16) { return 0x3f803f80; }
 
 using Words = Vector<uint32, kChunk / 2>;
 

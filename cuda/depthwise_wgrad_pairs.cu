@@ -20,6 +20,7 @@
 // d + FIRST + t of x for t below OFFSETS).
 #include "indices.cuh"
 #include "numbers.cuh"
+#include "products.cuh"
 #include "runs.cuh"
 #include "wgrad_plainly.cuh"
 
@@ -73,16 +74,6 @@ struct Parameters {
   int block_planes;
   int plane_warps;                 // that share a plane
 };
-
-__device__ __forceinline__ void multiply(f16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  ptx::multiply_halves(sum, a, b);
-}
-__device__ __forceinline__ void multiply(bf16, float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  ptx::multiply_bfloat16s(sum, a, b);
-}
-
-__device__ constexpr uint32 two_ones(f16) { return 0x3c003c00; }
-__device__ constexpr uint32 two_ones(bf16) { return 0x3f803f80; }
 
 // Whether chunk i of a warp's dy meets a pair of chunks of x. Where a warp has the whole plane, some pairs are beside it.
 __device__ constexpr bool meets(int i, int pair) {

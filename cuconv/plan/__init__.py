@@ -24,6 +24,7 @@ from . import (
     toeplitz,
     wgrad,
     wgrad_channels_last,
+    wgrad_channels_last_mma,
     wgrad_channels_last_staged,
     wgrad_diagonals,
     wgrad_pairs,
@@ -74,6 +75,7 @@ _WGRAD = {
     "pairs": wgrad_pairs.pairs,
     "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
     "channels_last": wgrad_channels_last.channels_last,
+    "channels_last_mma": wgrad_channels_last_mma.channels_last_mma,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }

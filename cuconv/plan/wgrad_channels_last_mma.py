@@ -1,0 +1,286 @@
+"""Gradients of the weights and the bias of channels-last arrays, 16-bit, on tensor cores: see
+cuda/depthwise_wgrad_channels_last_mma.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..geometry import Conv2dGeometry
+from .base import (
+    DTYPES,
+    MAX_DIVIDEND,
+    MAX_GRID,
+    SHARED_RESERVE,
+    Plan,
+    Target,
+    Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
+    magic,
+    plane_parameters,
+    those_of,
+)
+from .channels_last import MAX_TAPS
+from .wgrad import WgradPlan, sum_bytes, with_reduce
+
+_SIZE = 2
+# Channels of a group, and pixels of a unit: see the kernel.
+_GROUP, _UNIT = 8, 16
+_GROUPS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+_UNITS = (1, 2, 3, 4, 6, 8)
+_IMAGES = (1, 2, 3, 4, 8, 16)
+# Blocks side by side that share the columns of a row.
+_PARTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128)
+_STAGES = (3, 4, 6, 8)
+_LEAST_THREADS, _MAX_THREADS = 128, 512
+# Copies of a thread and row.
+_MAX_COPIES = 8
+_MAX_REGISTERS = 240
+# What a stage of shared memory ends with: kWords of the kernel.
+_WORD_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A warp takes `units` units of 16 pixels of a group of 8 channels; a block `groups` groups of `columns` columns of
+    `images` images, `stages` turns in shared memory, and of all their rows `slab_rows`."""
+
+    columns: int
+    images: int
+    units: int
+    groups: int
+    stages: int
+    blocks: int
+    slab_rows: int
+
+    @property
+    def warps(self) -> int:
+        """Of a group."""
+        return -(-self.images * self.columns // (_UNIT * self.units))
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.groups * self.warps
+
+    @property
+    def channels(self) -> int:
+        return _GROUP * self.groups
+
+
+def channels_last_mma(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
+    """Every element of dy is read once, and of x but for the columns that neighbouring blocks share."""
+    if DTYPES[dtype][1] != _SIZE:
+        raise Unsuitable(f"takes float16 and bfloat16, and the dtype is {dtype}")
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if target.architecture < 80:
+        raise Unsuitable(f"needs compute capability 8.0, and the device has {target.architecture / 10}")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    if g.multiplier > 1 or g.stride != (1, 1):
+        raise Unsuitable(f"takes multiplier 1 and stride 1, and has {g.multiplier}, {g.stride}")
+    if not aligned or g.K % _GROUP:
+        raise Unsuitable("takes pixels of whole 16 bytes that start at multiples of 16 bytes")
+    table, fits = _table(g, dtype, bias, target)
+    best = cheapest_of(table, fits, _cost(g, dtype, bias, target, table)) if table is not None else None
+    if best is None:
+        raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
+    return tile_plan(g, dtype, bias, best)
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPlan:
+    """The plan of one choice of tiles()."""
+    column_blocks = -(-g.Q // tile.columns)
+    strip_rows, rows = _rows(g, tile)
+    slabs = -(-rows // tile.slab_rows)
+    grid = (-(-g.K // tile.channels) * column_blocks, slabs, 1)
+    if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)) or rows > MAX_GRID[0]:
+        raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
+    x_slot, x_pixels, x_row, dy_row = map(int, _pixels(g, tile))
+    largest = tile.images * max(g.H * g.W, g.P * g.Q) * g.K
+    if largest > MAX_GRID[0] or max(x_row, dy_row) + tile.threads > MAX_DIVIDEND:
+        raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
+    sums = Plan(
+        source="depthwise_wgrad_channels_last_mma",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("BIAS", int(bias)),
+            ("FINAL", int(slabs * column_blocks == 1)),
+            ("GROUPS", tile.groups),
+            ("WARPS", tile.warps),
+            ("UNITS", tile.units),
+            ("BLOCKS", tile.blocks),
+            ("STAGES", tile.stages),
+            ("X_COPIES", int(_copies(tile, x_row))),
+            ("DY_COPIES", int(_copies(tile, dy_row))),
+            ("DILATED", int(g.dilation != (1, 1))),
+        ),
+        grid=grid,
+        block=tile.threads,
+        shared_bytes=int(_shared_bytes(g, bias, tile)),
+        parameters=(
+            ("N", g.N),
+            ("K", g.K),
+            *plane_parameters(g),
+            ("spacing_h", g.dilation[0]),
+            ("images", tile.images),
+            ("columns", tile.columns),
+            ("column_blocks", column_blocks),
+            ("x_slot", x_slot),
+            ("x_pixels", x_pixels),
+            ("x_row_pixels", x_row),
+            ("dy_row_pixels", dy_row),
+            ("stage_size", int(_stage_bytes(g, tile)) // _SIZE),
+            ("x_plane", g.H * g.W * g.K),
+            ("dy_plane", g.P * g.Q * g.K),
+            ("x_down", g.dilation[0] * g.W * g.K),
+            ("dy_down", g.dilation[0] * g.Q * g.K),
+            ("down", g.dilation[0]),
+            ("strip_rows", strip_rows),
+            ("rows", rows),
+            ("slab_rows", tile.slab_rows),
+            ("x_slot_magic", magic(x_slot)),
+            ("columns_magic", magic(tile.columns)),
+        ),
+    )
+    slabs *= column_blocks
+    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+
+
+def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold."""
+    table, fits = _table(g, dtype, bias, target)
+    return iter(()) if table is None else iter(dict.fromkeys(each_of(table, fits)))
+
+
+def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[Tile | None, Any]:
+    """All tiles as one of arrays, some of them several times, and which of them fit."""
+    tile = Tile(
+        columns=axis_of(sorted({-(-g.Q // parts) for parts in _PARTS if parts <= g.Q}), 4),
+        images=axis_of([n for n in _IMAGES if n <= max(1, g.N)], 3),
+        units=axis_of(_UNITS, 2),
+        groups=axis_of(sorted({min(n, g.K // _GROUP) for n in _GROUPS}), 1),
+        stages=axis_of(_STAGES, 0),
+        blocks=1,
+        slab_rows=1,
+    )
+    shared = _shared_bytes(g, bias, tile)
+    _, _, x_row, dy_row = _pixels(g, tile)
+    warps = tile.threads // 32
+    resident = np.minimum(
+        target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
+        # Registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
+        np.minimum(4 * (512 // _registers(g, tile)) // warps, 2048 // tile.threads),
+    )
+    fits = (shared <= target.shared_per_block - SHARED_RESERVE) & (resident >= 1)
+    fits = fits & (tile.threads <= _MAX_THREADS) & (_registers(g, tile) <= _MAX_REGISTERS)
+    fits = fits & (np.maximum(_copies(tile, x_row), _copies(tile, dy_row)) <= _MAX_COPIES)
+    # Several images where one is not cut, and no more units than there are.
+    fits = fits & ((tile.images == 1) | (tile.columns == g.Q))
+    fits = fits & ((tile.units == 1) | (tile.images * tile.columns > _UNIT * (tile.units - 1)))
+    few = tile.threads < _LEAST_THREADS
+    if (fits & ~few).any():
+        fits = fits & ~few
+    if not fits.any():
+        return None, fits
+    return _slabs(g, target, those_of(replace(tile, blocks=resident), fits, 1))
+
+
+def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> tuple[Tile, Any]:
+    """The tiles with as many slabs as fill the device, of any rows and of whole strips, or half of it; and with one: on
+    one more axis. All of them fit."""
+    strip_rows, rows = _rows(g, tile)
+    side_by_side = _side_by_side(g, tile)
+    blocks = target.multiprocessors * tile.blocks
+    once, half = (-(-rows // np.clip(n // side_by_side, 1, MAX_GRID[1])) for n in (blocks, blocks // 2))
+    whole_strips = (-(-slab // strip_rows) * strip_rows for slab in (once, half))
+    slab_rows: Any = np.concatenate((rows, once, *whole_strips), axis=1)
+    return replace(tile, slab_rows=slab_rows), np.ones(slab_rows.shape, bool)
+
+
+def _side_by_side(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Blocks of one slab."""
+    return -(-g.K // tile.channels) * -(-g.Q // tile.columns)
+
+
+def _rows(g: Conv2dGeometry, tile: Tile) -> tuple[int, Any]:
+    """Rows of a strip, and of all strips: see cuda/row_walk.cuh."""
+    strip_rows = -(-g.P // g.dilation[0])
+    return strip_rows, -(-g.N // tile.images) * g.dilation[0] * strip_rows
+
+
+def _pixels(g: Conv2dGeometry, tile: Tile) -> tuple[Any, Any, Any, Any]:
+    """Of a row in shared memory: pixels of x from one image to the next, of these those that exist, pixels of x of all
+    images, and of dy."""
+    needed = tile.columns + (g.S - 1) * g.dilation[1]
+    # Eight neighbours in dy, of two images too, are to lie in different banks.
+    slot = needed + np.where(tile.images > 1, (tile.columns - needed) % 8, 0)
+    return slot, needed, tile.images * slot, tile.warps * tile.units * _UNIT
+
+
+def _pitch_bytes(tile: Tile) -> Any:
+    return (tile.groups | 1) * _GROUP * _SIZE
+
+
+def _stage_bytes(g: Conv2dGeometry, tile: Tile) -> Any:
+    _, _, x_row, dy_row = _pixels(g, tile)
+    return (x_row + dy_row) * _pitch_bytes(tile) + _WORD_BYTES
+
+
+def _shared_bytes(g: Conv2dGeometry, bias: bool, tile: Tile) -> Any:
+    """For the ring of turns; in the end for the sums of every warp."""
+    sums = tile.warps * (g.R * g.S + bias) * tile.channels * 4
+    return np.maximum(tile.stages * _stage_bytes(g, tile), sums)
+
+
+def _copies(tile: Tile, pixels: Any) -> Any:
+    """Of a thread and row."""
+    return -(-pixels * tile.groups // tile.threads)
+
+
+def _products(g: Conv2dGeometry) -> int:
+    """Of one row of x in one unit."""
+    return g.R * (g.S // 2) + g.S % 2 * (g.R // 2) + 1
+
+
+def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
+    """That a thread is to have."""
+    _, _, x_row, dy_row = _pixels(g, tile)
+    copies = _copies(tile, x_row) + _copies(tile, dy_row)
+    values = 4 * _products(g) + tile.units * (2 * g.R + 4) + copies + 48
+    return -(-values // 8) * 8
+
+
+def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
+    """What ranks tiles: clocks of the device."""
+    strip_rows, rows = _rows(g, tile)
+    side_by_side = _side_by_side(g, tile)
+    blocks = -(-rows // tile.slab_rows) * side_by_side
+    entries = g.R * g.S + bias
+    ends = tile.slab_rows / strip_rows + (tile.slab_rows % strip_rows > 0)
+    turns = tile.slab_rows + ends * np.maximum(0, g.R - 1 - g.padding[0][1] / g.dilation[0])
+    _, _, x_row, dy_row = _pixels(g, tile)
+    units = tile.warps * tile.units * tile.groups
+    products = turns * units * _products(g)
+    copies = (x_row + dy_row) * tile.groups
+    issue = products + turns * (units * (2 * g.R + g.S + 20) + copies * 12 / 32 + tile.threads / 32 * 60)
+    passes = turns * (units * 2 * (g.S + g.S % 2 + 2) + copies / 8)
+    most = -(-blocks // target.multiprocessors)
+    active = np.minimum(most, tile.blocks)
+    most = np.where(most <= tile.blocks, most, -(-most // tile.blocks) * tile.blocks)
+    waves = most * target.multiprocessors / blocks
+    busy = 1 - np.exp(-0.25 * active * tile.threads / 32)
+    work = np.maximum(products / 0.65, np.maximum(issue / 2.5, passes)) / busy
+    moved = turns * (x_row + dy_row) * tile.channels * _SIZE + 8 * entries * tile.channels
+    flight = active * (tile.stages - 1) * _stage_bytes(g, tile)
+    memory = moved / 18 * (1 + 5000 / flight)
+    per_block = np.maximum(work, memory) + 0.25 * np.minimum(work, memory) + 2000 / active
+    one = (rows <= tile.slab_rows) & (tile.columns >= g.Q)
+    return blocks * per_block * waves / target.multiprocessors + np.where(one, 0.0, 4000)
