@@ -256,7 +256,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int i = 0; i < kRowPairs; ++i) multiply(T{}, sum[kOfRowPairs + i], two_rows, gradient[u][2 * i + 1 + kSingle]);
       before[u][0] = last[0];
       before[u][1] = last[1];
-      if (turn & kBringsX) {
+    }
+    if (turn & kBringsX) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u)
 #pragma unroll
         for (int pair = 0; pair < kColumnPairs; ++pair) {
           uint32 value[4];
@@ -264,7 +267,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
           for (int r = 0; r < kR; ++r) multiply(T{}, sum[r * kColumnPairs + pair], value, gradient[u][r]);
         }
-      }
     }
     free_stage = free_stage == kAhead * g.stage_size ? 0 : free_stage + g.stage_size;
     stage = stage == kAhead * g.stage_size ? 0 : stage + g.stage_size;

@@ -59,3 +59,166 @@ def test_every_kind_of_tile(device, rng, x_shape, w_shape, numbers, dtype):
         chosen = mma.tile_plan(g, dtype, True, tile)
         dw, dbias = launch(device, chosen, dy, x, w_shape)
         oracle.assert_wgrad_within_bound(dw, dbias, dy, x, **numbers)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "numbers", "dtype"),
+    [
+        ((3, 2), {}, "bfloat16"),
+        ((3, 3), {}, "float16"),
+        ((2, 3), {"dilation": (2, 3)}, "float16"),
+        ((3, 2), {"padding": ((4, 1), (3, 2))}, "bfloat16"),
+    ],
+    ids=["pairs_of_columns", "single_tap", "dilated_pairs_of_rows", "padding_alone"],
+)
+def test_nan_and_infinity_reach_what_they_meet(device, rng, kernel, numbers, dtype):
+    """An infinite x at an edge meets some taps only; a dy of infinity meets the zeros of the padding, or them alone. At
+    every width there are units that reach beyond dy, whose missing elements must meet nothing."""
+    numbers = {"padding": ((1, 1), (1, 0)), **numbers}
+    w_shape = (8, 1, *kernel)
+    for width in (8, 13, 37):
+        dy, x = gradients(rng, (3, 8, 9, width), w_shape, dtype, numbers)
+        x[0, 0, -1, -1] = np.inf
+        x[1, 1, 0, 0] = np.nan
+        x[1, 1, 4, width - 2] = -np.inf
+        dy[1, 2, 0, -1] = np.inf
+        dy[0, 3, -1, 0] = -np.inf
+        x[2, 4, 0, 0] = np.inf
+        expected = oracle.wgrad(dy, x, w_shape, **numbers)
+        assert np.isfinite(expected[0][5:]).all()
+        g = nhwc_geometry(x.shape, w_shape, **numbers)
+        kinds = {(t.columns < g.Q, t.images, t.units): t for t in mma.tiles(g, dtype, True, device.target)}
+        for tile in list(kinds.values())[::4]:
+            chosen = mma.tile_plan(g, dtype, True, tile)
+            for exact, result in zip(expected, launch(device, chosen, dy, x, w_shape), strict=True):
+                result = result.astype(np.float64)
+                np.testing.assert_array_equal(np.isfinite(result), np.isfinite(exact))
+                np.testing.assert_array_equal(result[~np.isfinite(exact)], exact[~np.isfinite(exact)])
+
+
+def test_finite_data_stay_on_tensor_cores(device, rng, monkeypatch):
+    """What is not there, or was never written, must not look like data that are not finite: the block would do its
+    work over, plainly and slowly. Here doing so makes NaN."""
+    read = kernels._read
+    plainly = "      float total = 0;\n      Walk walk;\n"
+    assert read("depthwise_wgrad_channels_last_mma.cu").count(plainly) == 1
+    monkeypatch.setattr(
+        kernels, "_read", lambda name: read(name).replace(plainly, plainly.replace("= 0", "= __uint_as_float(~0u)"))
+    )
+    kernels._kernel.cache_clear()
+    kernels.load.cache_clear()
+    for shape, kernel, numbers in (
+        ((5, 16, 7, 7), (5, 5), {"padding": ((2, 2), (2, 2))}),
+        ((3, 8, 9, 19), (3, 4), {"padding": ((4, 4), (5, 5))}),
+        ((2, 8, 23, 31), (2, 3), {"padding": ((2, 2), (5, 6)), "dilation": (5, 3)}),
+    ):
+        w_shape = (shape[1], 1, *kernel)
+        dy, x = gradients(rng, shape, w_shape, "bfloat16", numbers)
+        x[-1, -1, -1, -1] = 0
+        g = nhwc_geometry(shape, w_shape, **numbers)
+        kinds = {(t.columns < g.Q, t.images, t.units): t for t in mma.tiles(g, "bfloat16", True, device.target)}
+        for tile in list(kinds.values())[::3]:
+            chosen = mma.tile_plan(g, "bfloat16", True, tile)
+            dw, dbias = launch(device, chosen, dy, x, w_shape)
+            oracle.assert_wgrad_within_bound(dw, dbias, dy, x, **numbers)
+        x[-1, -1, -1, -1] = np.inf
+        assert np.isnan(launch(device, chosen, dy, x, w_shape)[0].astype(np.float32)).any()
+
+
+extent = st.integers(1, 300)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 40).map(lambda n: 8 * n), extent, extent),
+    kernel=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    dilation=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.tuples(st.integers(0, 9), st.integers(0, 9)), st.tuples(st.integers(0, 9), st.integers(0, 9))),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    bias=st.booleans(),
+    architecture=st.sampled_from([80, 90, 120]),
+)
+def test_every_plan_covers_dy_and_fits_the_device(shape, kernel, dilation, padding, dtype, bias, architecture):
+    numbers = {"dilation": dilation, "padding": padding}
+    try:
+        g = nhwc_geometry(shape, (shape[1], 1, *kernel), **numbers)
+    except ValueError:
+        return  # a kernel larger than its input
+    target = plan.TARGETS[architecture]
+    chosen = plan.depthwise_wgrad(g, dtype, bias, target, "channels_last_mma")
+    values, defines = dict(chosen.sums.parameters), dict(chosen.sums.defines)
+    assert all(1 <= extent <= limit for extent, limit in zip(chosen.sums.grid, plan.MAX_GRID, strict=True))
+    assert chosen.sums.block == 32 * defines["GROUPS"] * defines["WARPS"] <= 512
+    assert 0 < chosen.sums.shared_bytes <= target.shared_per_block
+    # Every channel has a group, every row of every strip a slab, every column a block and a unit.
+    channels = 8 * defines["GROUPS"]
+    channel_blocks, rest = divmod(chosen.sums.grid[0], values["column_blocks"])
+    assert rest == 0
+    assert (channel_blocks - 1) * channels < g.K <= channel_blocks * channels
+    slabs = chosen.sums.grid[1]
+    assert (slabs - 1) * values["slab_rows"] < values["rows"] <= slabs * values["slab_rows"]
+    assert (chosen.reduce is None) == (slabs * values["column_blocks"] == 1) == bool(defines["FINAL"])
+    steps = values["rows"] // values["strip_rows"] // values["spacing_h"]
+    assert (steps - 1) * values["images"] < g.N <= steps * values["images"]
+    assert values["strip_rows"] * values["spacing_h"] >= g.P
+    assert (values["column_blocks"] - 1) * values["columns"] < g.Q <= values["column_blocks"] * values["columns"]
+    units = defines["UNITS"] * defines["WARPS"]
+    assert values["dy_row_pixels"] == units * 16 >= values["images"] * values["columns"]
+    # What its columns meet is copied, of every image, and every copy has its place in a stage.
+    assert values["x_slot"] >= values["x_pixels"] == values["columns"] + (g.S - 1) * g.dilation[1]
+    assert values["x_row_pixels"] == values["images"] * values["x_slot"]
+    for name in ("x", "dy"):
+        pixels = values[f"{name}_row_pixels"] * defines["GROUPS"]
+        assert pixels <= defines[f"{name.upper()}_COPIES"] * chosen.sums.block < pixels + chosen.sums.block
+    pitch = 8 * (defines["GROUPS"] | 1)
+    needed = (values["x_row_pixels"] + values["dy_row_pixels"]) * pitch + 8
+    assert values["stage_size"] >= needed
+    assert values["stage_size"] % 8 == 0
+    assert 2 * values["stage_size"] * defines["STAGES"] <= chosen.sums.shared_bytes
+    # Neighbours of two images, too, lie in different banks.
+    assert values["images"] == 1 or (values["x_slot"] - values["columns"]) % 8 == 0
+
+
+def test_parameter_struct_matches_the_fields_of_the_kernel():
+    g = nhwc_geometry((2, 8, 9, 9), (8, 1, 3, 3))
+    chosen = plan.depthwise_wgrad(g, "float16", True, plan.TARGETS[90], "channels_last_mma")
+    text = (kernels.sources_folder() / "depthwise_wgrad_channels_last_mma.cu").read_text()
+    body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]
+    fields = []
+    for line in body.splitlines()[1:]:
+        kind, _, names = line.split("//")[0].strip().rstrip(";").partition(" ")
+        fields += [(name.strip(), {"int": "int32", "uint32": "uint32"}[kind]) for name in names.split(",")]
+    struct = chosen.sums.parameter_struct()
+    assert [(name, str(struct.dtype[name])) for name in struct.dtype.names] == fields
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize(("extent", "kernel", "numbers"), [
+    (56, 7, {}), (28, 7, {}), (14, 7, {}), (28, 5, {}), (7, 5, {}), (14, 3, {}), (65, 3, {"dilation": 12}), (112, 1, {}), (30, 8, {}),
+])
+def test_compiles_without_spills(extent, kernel, numbers, architecture):
+    pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
+    padding = kernel // 2 * numbers.get("dilation", 1)
+    g = nhwc_geometry((64, 240, extent, extent), (240, 1, kernel, kernel), padding=padding, **numbers)
+    target = plan.TARGETS[int(architecture.removeprefix("sm_").rstrip("a"))]
+    for dtype, bias in (("bfloat16", False), ("float16", True)):
+        chosen = plan.depthwise_wgrad(g, dtype, bias, target, "channels_last_mma").sums
+        resources = kernels.compile_only(chosen, architecture)
+        assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+
+
+def test_where_it_is_refused():
+    g = nhwc_geometry((16, 64, 56, 56), (64, 1, 3, 3))
+    refused = [
+        (g, "float32", 90, True, "takes float16 and bfloat16, and the dtype is float32"),
+        (g, "float16", 75, True, "needs compute capability 8.0, and the device has 7.5"),
+        (g, "float16", 90, False, "takes pixels of whole 16 bytes that start at multiples of 16 bytes"),
+        (nhwc_geometry((2, 12, 9, 9), (12, 1, 3, 3)), "float16", 90, True, "takes pixels of whole 16 bytes"),
+        (nhwc_geometry((2, 32, 9, 9), (64, 1, 3, 3)), "float16", 90, True, "takes multiplier 1 and stride 1"),
+        (nhwc_geometry((2, 32, 9, 9), (32, 1, 3, 3), stride=2), "float16", 90, True, "takes multiplier 1 and stride 1"),
+        (nhwc_geometry((2, 8, 40, 40), (8, 1, 9, 9)), "float16", 90, True, "takes at most 64 taps.*9 x 9"),
+        (nhwc_geometry((2, 8, 70, 9), (8, 1, 64, 1)), "float16", 90, True, "64 x 1 taps.*do not fit"),
+    ]
+    for geometry, dtype, architecture, aligned, reason in refused:
+        with pytest.raises(plan.Unsuitable, match=f"variant channels_last_mma: {reason}"):
+            plan.depthwise_wgrad(geometry, dtype, True, plan.TARGETS[architecture], "channels_last_mma", aligned)
