@@ -153,6 +153,7 @@ VARIANTS = (
     "tiles",
     "channels_last",
     "channels_last_staged",
+    "channels_last_mma",
 )
 HALVES = ("float16", "bfloat16")
 
@@ -176,6 +177,9 @@ def suits(variant, direction, g, dtype):
         narrow = max(g.W, g.Q) <= 120 and (g.S - 1) * g.dilation[1] + 7 >= g.padding[1][0]
         takes = nchw and dtype in HALVES and not multiplied and g.stride[1] == 1
         return direction == "wgrad" and takes and whole and narrow
+    if variant == "channels_last_mma":
+        takes = dtype in HALVES and not multiplied and g.stride == (1, 1) and g.C % 8 == 0
+        return direction == "wgrad" and not nchw and few_taps and takes
     if direction == "wgrad":
         words = dtype == "float32" or (dtype in HALVES and (g.C % 2 == 0 or g.dilation == (1, 1)))
         staged = not nchw and words and not multiplied
@@ -219,6 +223,7 @@ _MAIN_DTYPES = {
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
     "channels_last_staged": ("float16", "float32"),
+    "channels_last_mma": ("float16",),
 }
 _FEW = (
     "3x3_padded",
