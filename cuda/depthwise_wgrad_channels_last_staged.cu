@@ -32,6 +32,7 @@
 // block then has all columns of an image.
 #include "channels_last.cuh"
 #include "numbers.cuh"
+#include "row_walk.cuh"
 
 using T = CUCONV_T;
 using Sum = Accumulator<T>;
@@ -113,17 +114,6 @@ struct Parameters {
   uint32 strips_magic, x_pixels_magic, dy_pixels_magic;  // see divide
 };
 
-// Where a block is in its slab.
-struct Walk {
-  int step;         // that it is in: which images and, of rows that are apart, which of them
-  int rows_left;    // of the slab, behind this step
-  int t, turns;     // turn of the step, and how many it has
-  int count;        // of those, the first that bring a row of dy
-  int row;          // of x, the first of the turn, which need not exist
-  int first_image;
-  int images;       // that exist
-};
-
 // What the thread copies of a row: where it is in memory, from the block's first channel in column 0 of the first image
 // on, or -1. In all stages zeros take the place of what does not exist.
 template <int kCopies>
@@ -183,27 +173,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int first_column = kWidth ? 0 : first_q * g.stride_w - g.left;
 
   const int first_row = static_cast<int>(blockIdx.y) * g.slab_rows;
-  const int first_step = first_row / g.strip_rows;
-  // Into the step, whose row `first` is the slab's first, and the row of dy there.
-  const auto enter = [&](Walk& walk, int first) {
-    const int set = kDilated ? walk.step / spacing_h : walk.step;
-    const int p = walk.step - set * spacing_h + first * spacing_h;
-    const int rows = min(g.strip_rows - first, walk.rows_left);
-    walk.rows_left -= rows;
-    walk.t = 0;
-    walk.count = kDilated ? min(rows, max(0, (g.P - p + spacing_h - 1) / spacing_h)) : rows;
-    walk.row = p * g.stride_h - g.top;
-    // Turns behind the last with a row of x would do nothing.
-    walk.turns = max(max(1, walk.count), min(walk.count + kRing - 1, (g.H - walk.row + g.down - 1) / g.down));
-    walk.first_image = set * g.images;
-    walk.images = min(g.images, g.N - walk.first_image);
-    return p;
-  };
-  const auto begin = [&](Walk& walk) {
-    walk.step = first_step;
-    walk.rows_left = min(g.slab_rows, g.rows - first_row);
-    return enter(walk, first_row - first_step * g.strip_rows);
-  };
+  const auto enter = [&](Walk& walk) { return enter_step<kDilated, kRing, 0>(g, walk, 0); };
+  const auto begin = [&](Walk& walk) { return begin_slab<kDilated, kRing, 0>(g, walk, first_row); };
 
   // What is copied.
   T* const ring = reinterpret_cast<T*>(shared);
@@ -281,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       dy_source += g.dy_down;
       if (ahead.t == ahead.turns && ahead.rows_left > 0) {
         ++ahead.step;
-        find_sources(enter(ahead, 0));
+        find_sources(enter(ahead));
       }
     }
     if (thread == 0) {
@@ -424,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           }
           if (walk.rows_left == 0) break;
           ++walk.step;
-          p = enter(walk, 0);
+          p = enter(walk);
         }
         own_sums[tap * pitch + e] = total;
       }
