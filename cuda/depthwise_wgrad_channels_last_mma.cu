@@ -9,9 +9,9 @@
 //
 // A block takes some columns of dy of a few images, all at the same rows, of some neighbouring channels. Its pixels of
 // one row, one image behind the other, are cut into units of 16. A warp takes a few units of 8 channels, whose sums it
-// keeps in registers through a whole slab. In one turn one row of dy and one of x arrive: they pass through a ring in
+// keeps in registers through a whole slab. In one turn a few rows of dy and as many of x arrive: they pass through a ring in
 // shared memory, copied there several turns ahead, each element once a block, with zeros for what does not exist. A row
-// of x meets the rows of dy of the last turns, which are a ring in registers; columns of taps are taken two at a time.
+// of x meets the last rows of dy, which are kept in registers; columns of taps are taken two at a time.
 // Of an odd number of columns, the last one's taps are taken in pairs of rows: two rows of x then meet one row of dy. A
 // single tap that remains shares its product with ones, which sum dbias. In the end warps of the same channels are added
 // in a fixed order; depthwise_wgrad_reduce does so with all slabs, where there are several.
@@ -22,7 +22,8 @@
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
 // launch); GROUPS (of 8 channels a block); WARPS (of each); UNITS (of a warp); BLOCKS (that a multiprocessor is to hold,
-// which bounds the registers); STAGES (turns of the ring); X_COPIES, DY_COPIES (of a thread and row); DILATED.
+// which bounds the registers); ROWS (of x and of dy in a turn); STAGES (turns of the ring); X_COPIES, DY_COPIES (of a
+// thread and row); DILATED.
 #include "channels_last.cuh"
 #include "products.cuh"
 #include "row_walk.cuh"
@@ -37,6 +38,7 @@ constexpr int kGroups = CUCONV_GROUPS;
 constexpr int kWarps = CUCONV_WARPS;
 constexpr int kUnits = CUCONV_UNITS;
 constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kRows = CUCONV_ROWS;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kXCopies = CUCONV_X_COPIES;
 constexpr int kDyCopies = CUCONV_DY_COPIES;
@@ -67,9 +69,10 @@ constexpr int kOfRowPairs = kR * kColumnPairs;
 constexpr int kOfOnes = kOfRowPairs + kRowPairs;
 constexpr int kProducts = kOfOnes + 1;
 
-// What a stage ends with, in elements: a word that tells what the turn brings. It is 0 behind the last turn.
+// What a stage ends with, in elements: a word that tells whether there is a turn, whether it begins a step, and for
+// every row whether it is one of x. It is 0 behind the last turn.
 constexpr int kWords = 16 / sizeof(T);
-constexpr uint32 kTurn = 1, kBegins = 2, kBringsX = 4, kBringsDy = 8;
+constexpr uint32 kTurn = 1, kBegins = 2, kBringsX = 4;
 
 static_assert(sizeof(T) == 2, "tensor cores take 16-bit elements");
 static_assert(kAhead >= 1, "a turn is copied while another is read");
@@ -153,7 +156,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   // What is copied.
   T* const ring = reinterpret_cast<T*>(shared);
-  const int dy_offset = g.x_row_pixels * kPitch;
+  const int x_row_size = g.x_row_pixels * kPitch;
+  const int dy_row_size = g.dy_row_pixels * kPitch;
   const auto word_of = [&](int stage) -> uint32& {
     return *reinterpret_cast<uint32*>(ring + stage + g.stage_size - kWords);
   };
@@ -175,19 +179,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     uint32 turn = 0;
     if (ahead.t < ahead.turns) {
       turn = kTurn | (ahead.t == 0 ? kBegins : 0);
-      if (within(ahead.row, g.H)) {
-        turn |= kBringsX;
-        copy_row(ring + stage, x_source, copied_x, ahead.images * g.x_plane, g.x_row_pixels);
+#pragma unroll
+      for (int a = 0; a < kRows; ++a) {
+        if (ahead.t < ahead.turns && within(ahead.row, g.H)) {
+          turn |= kBringsX << a;
+          copy_row(ring + stage + a * x_row_size, x_source, copied_x, ahead.images * g.x_plane, g.x_row_pixels);
+        }
+        const uint32 dy_end = ahead.t < ahead.count ? ahead.images * g.dy_plane : 0;
+        copy_row(ring + stage + kRows * x_row_size + a * dy_row_size, dy_end > 0 ? dy_source : dy, copied_dy, dy_end,
+                 g.dy_row_pixels);
+        ++ahead.t;
+        ahead.row += g.down;
+        x_source += g.x_down;
+        dy_source += g.dy_down;
       }
-      if (ahead.t < ahead.count) {
-        turn |= kBringsDy;
-        copy_row(ring + stage + dy_offset, dy_source, copied_dy, ahead.images * g.dy_plane, g.dy_row_pixels);
-      }
-      ++ahead.t;
-      ahead.row += g.down;
-      x_source += g.x_down;
-      dy_source += g.dy_down;
-      if (ahead.t == ahead.turns && ahead.rows_left > 0) {
+      if (ahead.t >= ahead.turns && ahead.rows_left > 0) {
         ++ahead.step;
         find_sources(enter(ahead));
       }
@@ -213,13 +219,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       return image < g.images ? pixel + image * (g.x_slot - g.columns) : 0;
     };
     const int pair_pixel = place_of_x(unit + lane / 16 * kOctet + lane % kOctet) + lane / kOctet % 2 * unit_w;
-    const int last_pixel = lane < 16 ? place_of_x(unit + lane) + (kS - 1) * unit_w : g.x_row_pixels + unit + lane - 16;
+    const int last_pixel = lane < 16 ? place_of_x(unit + lane) + (kS - 1) * unit_w : kRows * g.x_row_pixels + unit + lane - 16;
     own_pair[u] = pair_pixel * kPitch + group * kGroup;
     own_last[u] = last_pixel * kPitch + group * kGroup;
   }
+  const int next_last = lane < 16 ? x_row_size : dy_row_size;
 
   float sum[kProducts][4] = {};
-  uint32 gradient[kUnits][kR][2] = {};
+  // The last rows of dy, the newest first, with room for those of a turn.
+  uint32 gradient[kUnits][kR + kRows - 1][2] = {};
   // Of the last column, the row before.
   uint32 before[kUnits][2] = {};
   // The stage that is read, and the one that is free for the next turn.
@@ -234,39 +242,66 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll 1
   while (turn != 0) {
     copy(free_stage);
-    const bool begins = turn & kBegins;
+    if (turn & kBegins) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      uint32 piece[4];
-      ptx::load_matrices_transposed(ring + stage + own_last[u], piece);
-      uint32 last[2];
+      for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int r = kR - 1; r > 0; --r) gradient[u][r][half] = begins ? 0 : gradient[u][r - 1][half];
-        gradient[u][0][half] = turn & kBringsDy ? piece[2 + half] : 0;
-        before[u][half] = begins ? 0 : before[u][half];
-        last[half] = turn & kBringsX ? piece[half] : 0;
+        for (int i = 0; i < kR - 1; ++i) gradient[u][i][0] = gradient[u][i][1] = 0;
+        before[u][0] = before[u][1] = 0;
       }
-      const uint32 ones = two_ones(T{});
-      const uint32 with_ones[4] = {kSingle ? last[0] : ones, ones, kSingle ? last[1] : ones, ones};
-      multiply(T{}, sum[kOfOnes], with_ones, gradient[u][0]);
-      const uint32 two_rows[4] = {before[u][0], last[0], before[u][1], last[1]};
-#pragma unroll
-      for (int i = 0; i < kRowPairs; ++i) multiply(T{}, sum[kOfRowPairs + i], two_rows, gradient[u][2 * i + 1 + kSingle]);
-      before[u][0] = last[0];
-      before[u][1] = last[1];
     }
-    if (turn & kBringsX) {
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u)
+    for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-        for (int pair = 0; pair < kColumnPairs; ++pair) {
-          uint32 value[4];
-          ptx::load_matrices_transposed(ring + stage + own_pair[u] + 2 * pair * unit_w * kPitch, value);
+      for (int i = kR + kRows - 2; i >= kRows; --i)
 #pragma unroll
-          for (int r = 0; r < kR; ++r) multiply(T{}, sum[r * kColumnPairs + pair], value, gradient[u][r]);
+        for (int half = 0; half < 2; ++half) gradient[u][i][half] = gradient[u][i - kRows][half];
+#pragma unroll
+    for (int a = 0; a < kRows; ++a) {
+      const int newest = kRows - 1 - a;
+      uint32 last[kUnits][2];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        uint32 piece[4];
+        ptx::load_matrices_transposed(ring + stage + own_last[u] + a * next_last, piece);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          last[u][half] = piece[half];
+          gradient[u][newest][half] = piece[2 + half];
         }
+      }
+      // What a row of dy has of the last column, be it with the row of x before, and of ones.
+      const auto multiply_last = [&](int u) {
+        const uint32 ones = two_ones(T{});
+        const uint32 with_ones[4] = {kSingle ? last[u][0] : ones, ones, kSingle ? last[u][1] : ones, ones};
+        multiply(T{}, sum[kOfOnes], with_ones, gradient[u][newest]);
+        const uint32 two_rows[4] = {before[u][0], last[u][0], before[u][1], last[u][1]};
+#pragma unroll
+        for (int i = 0; i < kRowPairs; ++i)
+          multiply(T{}, sum[kOfRowPairs + i], two_rows, gradient[u][newest + 2 * i + 1 + kSingle]);
+        before[u][0] = last[u][0];
+        before[u][1] = last[u][1];
+      };
+      if (turn & kBringsX << a) {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+          for (int pair = 0; pair < kColumnPairs; ++pair) {
+            uint32 value[4];
+            ptx::load_matrices_transposed(ring + stage + a * x_row_size + own_pair[u] + 2 * pair * unit_w * kPitch,
+                                          value);
+#pragma unroll
+            for (int r = 0; r < kR; ++r) multiply(T{}, sum[r * kColumnPairs + pair], value, gradient[u][newest + r]);
+          }
+          multiply_last(u);
+        }
+      } else {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          last[u][0] = last[u][1] = 0;
+          multiply_last(u);
+        }
+      }
     }
     free_stage = free_stage == kAhead * g.stage_size ? 0 : free_stage + g.stage_size;
     stage = stage == kAhead * g.stage_size ? 0 : stage + g.stage_size;

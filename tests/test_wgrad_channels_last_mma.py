@@ -38,6 +38,7 @@ def each_feature_once(g, tiles):
             ("units", tile.units, tile.warps > 1),
             ("rest", pixels % mma._UNIT > 0, pixels % (tile.units * mma._UNIT) > mma._UNIT),
             ("stages", tile.stages),
+            ("rows", tile.rows, strip_rows % tile.rows > 0),
             ("columns", tile.columns < g.Q, g.Q % tile.columns > 0),
             ("images", tile.images, g.N % tile.images > 0),
             ("channels", tile.channels < g.K, g.K % tile.channels > 0, tile.groups % 2),
@@ -171,7 +172,7 @@ def test_every_plan_covers_dy_and_fits_the_device(shape, kernel, dilation, paddi
         pixels = values[f"{name}_row_pixels"] * defines["GROUPS"]
         assert pixels <= defines[f"{name.upper()}_COPIES"] * chosen.sums.block < pixels + chosen.sums.block
     pitch = 8 * (defines["GROUPS"] | 1)
-    needed = (values["x_row_pixels"] + values["dy_row_pixels"]) * pitch + 8
+    needed = defines["ROWS"] * (values["x_row_pixels"] + values["dy_row_pixels"]) * pitch + 8
     assert values["stage_size"] >= needed
     assert values["stage_size"] % 8 == 0
     assert 2 * values["stage_size"] * defines["STAGES"] <= chosen.sums.shared_bytes

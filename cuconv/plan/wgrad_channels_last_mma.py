@@ -36,7 +36,8 @@ _UNITS = (1, 2, 3, 4, 6, 8)
 _IMAGES = (1, 2, 3, 4, 8, 16)
 # Blocks side by side that share the columns of a row.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128)
-_STAGES = (3, 4, 6, 8)
+_ROWS = (1, 2, 4)
+_STAGES = (2, 3, 4, 6, 8)
 _LEAST_THREADS, _MAX_THREADS = 128, 512
 # Copies of a thread and row.
 _MAX_COPIES = 8
@@ -48,12 +49,13 @@ _WORD_BYTES = 16
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A warp takes `units` units of 16 pixels of a group of 8 channels; a block `groups` groups of `columns` columns of
-    `images` images, `stages` turns in shared memory, and of all their rows `slab_rows`."""
+    `images` images, `rows` rows in a turn, `stages` turns in shared memory, and of all rows `slab_rows`."""
 
     columns: int
     images: int
     units: int
     groups: int
+    rows: int
     stages: int
     blocks: int
     slab_rows: int
@@ -117,6 +119,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("WARPS", tile.warps),
             ("UNITS", tile.units),
             ("BLOCKS", tile.blocks),
+            ("ROWS", tile.rows),
             ("STAGES", tile.stages),
             ("X_COPIES", int(_copies(tile, x_row))),
             ("DY_COPIES", int(_copies(tile, dy_row))),
@@ -163,10 +166,11 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> Iterator
 def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[Tile | None, Any]:
     """All tiles as one of arrays, some of them several times, and which of them fit."""
     tile = Tile(
-        columns=axis_of(sorted({-(-g.Q // parts) for parts in _PARTS if parts <= g.Q}), 4),
-        images=axis_of([n for n in _IMAGES if n <= max(1, g.N)], 3),
-        units=axis_of(_UNITS, 2),
-        groups=axis_of(sorted({min(n, g.K // _GROUP) for n in _GROUPS}), 1),
+        columns=axis_of(sorted({-(-g.Q // parts) for parts in _PARTS if parts <= g.Q}), 5),
+        images=axis_of([n for n in _IMAGES if n <= max(1, g.N)], 4),
+        units=axis_of(_UNITS, 3),
+        groups=axis_of(sorted({min(n, g.K // _GROUP) for n in _GROUPS}), 2),
+        rows=axis_of(_ROWS, 1),
         stages=axis_of(_STAGES, 0),
         blocks=1,
         slab_rows=1,
@@ -231,7 +235,7 @@ def _pitch_bytes(tile: Tile) -> Any:
 
 def _stage_bytes(g: Conv2dGeometry, tile: Tile) -> Any:
     _, _, x_row, dy_row = _pixels(g, tile)
-    return (x_row + dy_row) * _pitch_bytes(tile) + _WORD_BYTES
+    return tile.rows * (x_row + dy_row) * _pitch_bytes(tile) + _WORD_BYTES
 
 
 def _shared_bytes(g: Conv2dGeometry, bias: bool, tile: Tile) -> Any:
@@ -254,33 +258,35 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
     """That a thread is to have."""
     _, _, x_row, dy_row = _pixels(g, tile)
     copies = _copies(tile, x_row) + _copies(tile, dy_row)
-    values = 4 * _products(g) + tile.units * (2 * g.R + 4) + copies + 48
+    values = 4 * _products(g) + tile.units * (2 * (g.R + tile.rows - 1) + 4) + copies + 48
     return -(-values // 8) * 8
 
 
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
-    """What ranks tiles: clocks of the device."""
+    """What ranks tiles: clocks of a multiprocessor."""
     strip_rows, rows = _rows(g, tile)
-    side_by_side = _side_by_side(g, tile)
-    blocks = -(-rows // tile.slab_rows) * side_by_side
+    blocks = -(-rows // tile.slab_rows) * _side_by_side(g, tile)
     entries = g.R * g.S + bias
+    # Of a block: rows, with those before the first row of x in every strip, or behind its last, and turns.
     ends = tile.slab_rows / strip_rows + (tile.slab_rows % strip_rows > 0)
-    turns = tile.slab_rows + ends * np.maximum(0, g.R - 1 - g.padding[0][1] / g.dilation[0])
+    excess = np.minimum(g.R - 1, g.padding[0][0] / g.dilation[0] + 1)
+    turns = (tile.slab_rows + ends * excess) / tile.rows + 0.5 * ends * (tile.rows - 1) / tile.rows
     _, _, x_row, dy_row = _pixels(g, tile)
-    units = tile.warps * tile.units * tile.groups
-    products = turns * units * _products(g)
-    copies = (x_row + dy_row) * tile.groups
-    issue = products + turns * (units * (2 * g.R + g.S + 20) + copies * 12 / 32 + tile.threads / 32 * 60)
-    passes = turns * (units * 2 * (g.S + g.S % 2 + 2) + copies / 8)
-    most = -(-blocks // target.multiprocessors)
-    active = np.minimum(most, tile.blocks)
-    most = np.where(most <= tile.blocks, most, -(-most // tile.blocks) * tile.blocks)
-    waves = most * target.multiprocessors / blocks
-    busy = 1 - np.exp(-0.25 * active * tile.threads / 32)
-    work = np.maximum(products / 0.65, np.maximum(issue / 2.5, passes)) / busy
-    moved = turns * (x_row + dy_row) * tile.channels * _SIZE + 8 * entries * tile.channels
+    warps = tile.threads / 32
+    copies = _copies(tile, x_row) + _copies(tile, dy_row)
+    products = tile.rows * tile.units * _products(g)
+    of_device = -(-blocks // target.multiprocessors)
+    active = np.minimum(of_device, tile.blocks)
+    waves = -(-of_device // active)
+    # Of a turn: what one warp does one after the other, and what all of a multiprocessor do in its units.
+    latency = 500 + tile.rows * (100 + 40 * tile.units) + 7 * products
+    tensor = 1.6 * active * warps * products
+    issue = active * warps * (products + tile.rows * (tile.units * (2 * g.R + 30) + 12 * copies) + 150) / 2.6
+    memory = active * tile.rows * (x_row + dy_row) * tile.channels * _SIZE / 18
     flight = active * (tile.stages - 1) * _stage_bytes(g, tile)
-    memory = moved / 18 * (1 + 5000 / flight)
-    per_block = np.maximum(work, memory) + 0.25 * np.minimum(work, memory) + 2000 / active
+    memory *= 1 + 5000 / flight
+    parts = (latency, tensor, issue, memory)
+    most = np.maximum(np.maximum(latency, tensor), np.maximum(issue, memory))
+    time = turns * (most + 0.2 * (sum(parts) - most)) + 5000 + 8 * entries * tile.channels / 18 * active
     one = (rows <= tile.slab_rows) & (tile.columns >= g.Q)
-    return blocks * per_block * waves / target.multiprocessors + np.where(one, 0.0, 4000)
+    return time * waves + np.where(one, 0.0, 4000)
