@@ -26,22 +26,23 @@ from .base import (
     those_of,
 )
 from .channels_last import MAX_TAPS
-from .wgrad import WgradPlan, sum_bytes, with_reduce
+from .wgrad import WgradPlan, with_reduce
 
 _SIZE = 2
 # Channels of a group, and pixels of a unit: see the kernel.
 _GROUP, _UNIT = 8, 16
 _GROUPS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-_UNITS = (1, 2, 3, 4, 6, 8)
+_UNITS = (1, 2, 3, 4, 5, 6, 7, 8)
 _IMAGES = (1, 2, 3, 4, 8, 16)
 # Blocks side by side that share the columns of a row.
-_PARTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128)
-_ROWS = (1, 2, 4)
-_STAGES = (2, 3, 4, 6, 8)
+_PARTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 64, 128)
+_ROWS = (1, 2, 3, 4)
+_STAGES = (2, 3, 4, 6)
 _LEAST_THREADS, _MAX_THREADS = 128, 512
 # Copies of a thread and row.
 _MAX_COPIES = 8
-_MAX_REGISTERS = 240
+# Of a thread, by a count that is one too many at times.
+_MAX_REGISTERS = 260
 # What a stage of shared memory ends with: kWords of the kernel.
 _WORD_BYTES = 16
 
@@ -181,13 +182,13 @@ def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[T
     resident = np.minimum(
         target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
         # Registers are in four parts, each of 512 for a warp's every thread, and are given out by eights.
-        np.minimum(4 * (512 // _registers(g, tile)) // warps, 2048 // tile.threads),
+        np.minimum(4 * (512 // np.minimum(_registers(g, tile), 256)) // warps, 2048 // tile.threads),
     )
     fits = (shared <= target.shared_per_block - SHARED_RESERVE) & (resident >= 1)
     fits = fits & (tile.threads <= _MAX_THREADS) & (_registers(g, tile) <= _MAX_REGISTERS)
     fits = fits & (np.maximum(_copies(tile, x_row), _copies(tile, dy_row)) <= _MAX_COPIES)
-    # Several images where one is not cut, and no more units than there are.
-    fits = fits & ((tile.images == 1) | (tile.columns == g.Q))
+    # Parts of rows of several images where these are a unit at most; no more units than there are.
+    fits = fits & ((tile.images == 1) | (tile.columns == g.Q) | (tile.columns <= _UNIT))
     fits = fits & ((tile.units == 1) | (tile.images * tile.columns > _UNIT * (tile.units - 1)))
     few = tile.threads < _LEAST_THREADS
     if (fits & ~few).any():
@@ -256,9 +257,7 @@ def _products(g: Conv2dGeometry) -> int:
 
 def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
     """That a thread is to have."""
-    _, _, x_row, dy_row = _pixels(g, tile)
-    copies = _copies(tile, x_row) + _copies(tile, dy_row)
-    values = 4 * _products(g) + tile.units * (2 * (g.R + tile.rows - 1) + 4) + copies + 48
+    values = 4 * _products(g) + tile.units * (2 * (g.R + tile.rows) + 7) + 56
     return -(-values // 8) * 8
 
 
@@ -267,26 +266,32 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     strip_rows, rows = _rows(g, tile)
     blocks = -(-rows // tile.slab_rows) * _side_by_side(g, tile)
     entries = g.R * g.S + bias
-    # Of a block: rows, with those before the first row of x in every strip, or behind its last, and turns.
-    ends = tile.slab_rows / strip_rows + (tile.slab_rows % strip_rows > 0)
-    excess = np.minimum(g.R - 1, g.padding[0][0] / g.dilation[0] + 1)
-    turns = (tile.slab_rows + ends * excess) / tile.rows + 0.5 * ends * (tile.rows - 1) / tile.rows
-    _, _, x_row, dy_row = _pixels(g, tile)
+    # Of a block: steps; rows of x, with those that rows of dy at the ends of a part of a strip meet; rows of dy alone or
+    # of x once more; turns.
+    steps = tile.slab_rows / strip_rows + (tile.slab_rows % strip_rows > 0)
+    full = tile.slab_rows + steps * (tile.slab_rows % strip_rows > 0) * 0.5 * (g.R - 1)
+    light = steps * (g.padding[0][0] / g.dilation[0] + 1)
+    turns = (full + light) / tile.rows + 0.5 * steps * (tile.rows - 1) / tile.rows
+    _, x_pixels, x_row, dy_row = _pixels(g, tile)
     warps = tile.threads / 32
     copies = _copies(tile, x_row) + _copies(tile, dy_row)
-    products = tile.rows * tile.units * _products(g)
     of_device = -(-blocks // target.multiprocessors)
     active = np.minimum(of_device, tile.blocks)
     waves = -(-of_device // active)
     # Of a turn: what one warp does one after the other, and what all of a multiprocessor do in its units.
-    latency = 500 + tile.rows * (100 + 40 * tile.units) + 7 * products
-    tensor = 1.6 * active * warps * products
-    issue = active * warps * (products + tile.rows * (tile.units * (2 * g.R + 30) + 12 * copies) + 150) / 2.6
-    memory = active * tile.rows * (x_row + dy_row) * tile.channels * _SIZE / 18
+    rows_of_turn = (full + light) / turns
+    products = tile.units * (full * _products(g) + light * (g.R / 2 + 1)) / turns
+    latency = 24 + 75 * warps + 9.4 * rows_of_turn * (1 + 0.3 * tile.units) + 10.2 * products
+    tensor = 1.03 * active * warps * products
+    fixed = tile.units * (2 * g.R / tile.rows + 24) + 10 * copies
+    issue = 0.0155 * active * warps * (products + rows_of_turn * fixed + 120)
+    moved = 2 * tile.rows * tile.images * (np.minimum(x_pixels, g.W) + tile.columns) * tile.channels
     flight = active * (tile.stages - 1) * _stage_bytes(g, tile)
-    memory *= 1 + 5000 / flight
+    # Sectors, and lines, that two blocks share.
+    shared = np.where(tile.groups == 1, 1.69, 1.0) * np.where(tile.groups % 8 > 0, 1.9, 1.0)
+    memory = active * moved / 43 * shared * (1 + 5600 / flight)
     parts = (latency, tensor, issue, memory)
     most = np.maximum(np.maximum(latency, tensor), np.maximum(issue, memory))
-    time = turns * (most + 0.2 * (sum(parts) - most)) + 5000 + 8 * entries * tile.channels / 18 * active
+    time = turns * (most + 0.455 * (sum(parts) - most)) + 48000
     one = (rows <= tile.slab_rows) & (tile.columns >= g.Q)
-    return time * waves + np.where(one, 0.0, 4000)
+    return time * waves + np.where(one, 0.0, 9000)
