@@ -22,6 +22,7 @@ from cuconv.plan import (
     wgrad,
     wgrad_channels_last,
 )
+from cuconv.plan import wgrad_channels_last_mma as mma
 from cuconv.plan import wgrad_channels_last_staged as staged
 from cuconv.plan.base import SHARED_RESERVE
 
@@ -111,6 +112,22 @@ def test_a_staged_plan_of_wgrad_is_of_the_tile_that_costs_least():
         check_types(chosen.sums)
         best = min(staged.tiles(*arguments, True), key=lambda tile, given=arguments: float(staged._cost(*given, tile)))
         assert chosen == staged.tile_plan(g, "float16", True, best)
+        seen += 1
+    assert seen >= 6
+
+
+def test_a_plan_of_wgrad_on_tensor_cores_is_of_the_tile_that_costs_least():
+    seen = 0
+    for g in (*large_geometries(), *GEOMETRIES.values()):
+        g = replace(g, channels_last=True)
+        arguments = (g, "bfloat16", True, H200)
+        try:
+            chosen = plan.depthwise_wgrad(*arguments, "channels_last_mma")
+        except Unsuitable:
+            continue
+        check_types(chosen.sums)
+        best = min(mma.tiles(*arguments), key=lambda tile, given=arguments: float(mma._cost(*given, tile)))
+        assert chosen == mma.tile_plan(g, "bfloat16", True, best)
         seen += 1
     assert seen >= 6
 
