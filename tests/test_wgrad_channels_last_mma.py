@@ -54,7 +54,7 @@ def each_feature_once(g, tiles):
 def test_every_kind_of_tile(device, rng, x_shape, w_shape, numbers, dtype):
     dy, x = gradients(rng, x_shape, w_shape, dtype, numbers)
     g = nhwc_geometry(x_shape, w_shape, **numbers)
-    tiles = list(mma.tiles(g, dtype, True, device.target))
+    tiles = list(mma.tiles(g, True, device.target))
     # In an order of no meaning, so that a tile shows many features that no one before it has shown.
     for tile in each_feature_once(g, [tiles[i] for i in rng.permutation(len(tiles))]):
         chosen = mma.tile_plan(g, dtype, True, tile)
@@ -88,7 +88,7 @@ def test_nan_and_infinity_reach_what_they_meet(device, rng, kernel, numbers, dty
         expected = oracle.wgrad(dy, x, w_shape, **numbers)
         assert np.isfinite(expected[0][5:]).all()
         g = nhwc_geometry(x.shape, w_shape, **numbers)
-        kinds = {(t.columns < g.Q, t.images, t.units): t for t in mma.tiles(g, dtype, True, device.target)}
+        kinds = {(t.columns < g.Q, t.images, t.units): t for t in mma.tiles(g, True, device.target)}
         for tile in list(kinds.values())[::4]:
             chosen = mma.tile_plan(g, dtype, True, tile)
             for exact, result in zip(expected, launch(device, chosen, dy, x, w_shape), strict=True):
@@ -117,7 +117,7 @@ def test_finite_data_stay_on_tensor_cores(device, rng, monkeypatch):
         dy, x = gradients(rng, shape, w_shape, "bfloat16", numbers)
         x[-1, -1, -1, -1] = 0
         g = nhwc_geometry(shape, w_shape, **numbers)
-        kinds = {(t.columns < g.Q, t.images, t.units): t for t in mma.tiles(g, "bfloat16", True, device.target)}
+        kinds = {(t.columns < g.Q, t.images, t.units): t for t in mma.tiles(g, True, device.target)}
         for tile in list(kinds.values())[::3]:
             chosen = mma.tile_plan(g, "bfloat16", True, tile)
             dw, dbias = launch(device, chosen, dy, x, w_shape)

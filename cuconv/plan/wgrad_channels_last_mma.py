@@ -89,8 +89,10 @@ def channels_last_mma(g: Conv2dGeometry, dtype: str, bias: bool, target: Target,
         raise Unsuitable(f"takes multiplier 1 and stride 1, and has {g.multiplier}, {g.stride}")
     if not aligned or g.K % _GROUP:
         raise Unsuitable("takes pixels of whole 16 bytes that start at multiples of 16 bytes")
-    table, fits = _table(g, dtype, bias, target)
-    best = cheapest_of(table, fits, _cost(g, dtype, bias, target, table)) if table is not None else None
+    if _plane(g) > MAX_GRID[0]:
+        raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
+    table, fits = _table(g, bias, target)
+    best = cheapest_of(table, fits, _cost(g, target, table))
     if best is None:
         raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
     return tile_plan(g, dtype, bias, best)
@@ -105,9 +107,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)) or rows > MAX_GRID[0]:
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
     x_slot, x_pixels, x_row, dy_row = map(int, _pixels(g, tile))
-    largest = tile.images * max(g.H * g.W, g.P * g.Q) * g.K
-    if largest > MAX_GRID[0] or max(x_row, dy_row) + tile.threads > MAX_DIVIDEND:
-        raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
     sums = Plan(
         source="depthwise_wgrad_channels_last_mma",
         defines=(
@@ -158,13 +157,12 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
     return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
 
 
-def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> Iterator[Tile]:
+def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
     """The tiles that a thread's registers and a block's shared memory hold."""
-    table, fits = _table(g, dtype, bias, target)
-    return iter(()) if table is None else iter(dict.fromkeys(each_of(table, fits)))
+    return iter(dict.fromkeys(each_of(*_table(g, bias, target))))
 
 
-def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[Tile | None, Any]:
+def _table(g: Conv2dGeometry, bias: bool, target: Target) -> tuple[Tile, Any]:
     """All tiles as one of arrays, some of them several times, and which of them fit."""
     tile = Tile(
         columns=axis_of(sorted({-(-g.Q // parts) for parts in _PARTS if parts <= g.Q}), 5),
@@ -190,11 +188,10 @@ def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[T
     # Parts of rows of several images where these are a unit at most; no more units than there are.
     fits = fits & ((tile.images == 1) | (tile.columns == g.Q) | (tile.columns <= _UNIT))
     fits = fits & ((tile.units == 1) | (tile.images * tile.columns > _UNIT * (tile.units - 1)))
-    few = tile.threads < _LEAST_THREADS
-    if (fits & ~few).any():
-        fits = fits & ~few
-    if not fits.any():
-        return None, fits
+    # What a copy and a division count.
+    fits = fits & (tile.images * _plane(g) <= MAX_GRID[0]) & (np.maximum(x_row, dy_row) + _MAX_THREADS <= MAX_DIVIDEND)
+    many = fits & (tile.threads >= _LEAST_THREADS)
+    fits = many if many.any() else fits
     return _slabs(g, target, those_of(replace(tile, blocks=resident), fits, 1))
 
 
@@ -208,6 +205,11 @@ def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> tuple[Tile, Any]:
     whole_strips = (-(-slab // strip_rows) * strip_rows for slab in (once, half))
     slab_rows: Any = np.concatenate((rows, once, *whole_strips), axis=1)
     return replace(tile, slab_rows=slab_rows), np.ones(slab_rows.shape, bool)
+
+
+def _plane(g: Conv2dGeometry) -> int:
+    """Elements of the larger image."""
+    return max(g.H * g.W, g.P * g.Q) * g.K
 
 
 def _side_by_side(g: Conv2dGeometry, tile: Tile) -> Any:
@@ -261,7 +263,7 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
     return -(-values // 8) * 8
 
 
-def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
+def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     """What ranks tiles: clocks of a multiprocessor, more or less.
 
     The weights were fitted to the times of 1,250 tiles (10 cases in float16 on an H200): of those measured, the tile of
