@@ -226,3 +226,26 @@ def test_where_it_is_refused():
     for geometry, dtype, architecture, aligned, reason in refused:
         with pytest.raises(plan.Unsuitable, match=f"variant channels_last_mma: {reason}"):
             plan.depthwise_wgrad(geometry, dtype, True, plan.TARGETS[architecture], "channels_last_mma", aligned)
+
+
+def test_where_it_is_the_default():
+    """Kernels of many taps in 16-bit, of rows that are not too short for them."""
+
+    def source(x_shape, kernel, dtype="bfloat16", target=plan.TARGETS[90], aligned=True, **numbers):
+        g = nhwc_geometry(x_shape, (x_shape[1], 1, *kernel), **numbers)
+        chosen = plan.depthwise_wgrad(g, dtype, True, target, aligned=aligned)
+        return chosen.source.removeprefix("depthwise_wgrad_channels_last").removeprefix("_")
+
+    for dtype in ("float16", "bfloat16"):
+        assert source((128, 240, 28, 28), (5, 5), dtype, padding=2) == "mma"
+        assert source((64, 192, 56, 56), (7, 7), dtype, padding=3) == "mma"
+        assert source((128, 512, 14, 14), (7, 7), dtype, padding=3) == "mma"
+        assert source((1, 192, 56, 56), (7, 7), dtype, padding=3) == "mma"
+        assert source((128, 1152, 7, 7), (5, 5), dtype, padding=2) == "staged"
+        assert source((128, 512, 14, 14), (3, 3), dtype, padding=1) == "staged"
+        assert source((8, 256, 65, 65), (3, 3), dtype, padding=12, dilation=12) == "staged"
+    assert source((128, 240, 28, 28), (5, 5), "float32", padding=2) == "staged"
+    assert source((128, 240, 28, 28), (5, 5), padding=2, stride=2) == "staged"
+    assert source((128, 236, 28, 28), (5, 5), padding=2) == "staged"
+    assert source((128, 240, 28, 28), (5, 5), padding=2, target=plan.TARGETS[80]) == "staged"
+    assert source((128, 240, 28, 28), (5, 5), padding=2, aligned=False) == ""

@@ -86,7 +86,11 @@ _BEATS_OTHERS = {
     "toeplitz": toeplitz.beats_others,
     "channels_last": channels_last.beats_others,
 }
-_BEATS_OTHERS_OF_WGRAD = {"pairs": wgrad_pairs.beats_others, "diagonals": wgrad_diagonals.beats_others}
+_BEATS_OTHERS_OF_WGRAD = {
+    "pairs": wgrad_pairs.beats_others,
+    "diagonals": wgrad_diagonals.beats_others,
+    "channels_last_mma": wgrad_channels_last_mma.beats_others,
+}
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
 

@@ -43,6 +43,9 @@ _LEAST_THREADS, _MAX_THREADS = 128, 512
 _MAX_COPIES = 8
 # Of a thread, by a count that is one too many at times.
 _MAX_REGISTERS = 260
+# Rows of so few columns leave units of pixels unused, and blocks little to do; of others kernels of so many taps are
+# faster here than elsewhere, and of these kernels of twice as many.
+_NARROW, _MANY_PRODUCTS = 14, 24
 # What a stage of shared memory ends with: kWords of the kernel.
 _WORD_BYTES = 16
 
@@ -73,6 +76,17 @@ class Tile:
     @property
     def channels(self) -> int:
         return _GROUP * self.groups
+
+
+def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
+    """Where this takes less time than depthwise_wgrad_channels_last_staged, of devices that it was measured on.
+
+    On an H200, percent of the memory floor by this and by staged in float16: 7x7 on 56x56 38 and 31, on 28x28 35 and 25,
+    on 14x14 32 and 22, on 7x7 21 and 21; 5x5 on 56x56 53 and 35, on 28x28 51 and 37, on 14x14 37 and 43, on 7x7 31 and
+    33; 3x3 on 56x56 72 and 75, on 14x14 53 and 61.
+    """
+    products = g.R * g.S * (1 if g.Q > _NARROW else 0.5)
+    return DTYPES[dtype][1] == _SIZE and g.channels_last and target.architecture >= 90 and products >= _MANY_PRODUCTS
 
 
 def channels_last_mma(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
