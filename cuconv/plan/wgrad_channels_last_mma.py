@@ -43,8 +43,8 @@ _LEAST_THREADS, _MAX_THREADS = 128, 512
 _MAX_COPIES = 8
 # Of a thread, by a count that is one too many at times.
 _MAX_REGISTERS = 260
-# Kernels of so many taps are faster here than elsewhere; of rows of so few columns, which leave units of pixels unused and
-# blocks little to do, kernels of twice as many.
+# Kernels of so many taps are faster here than elsewhere; of rows of so few columns, which leave units of pixels unused
+# and blocks little to do, kernels of twice as many.
 _MANY_TAPS, _NARROW = 16, 14
 # What a stage of shared memory ends with: kWords of the kernel.
 _WORD_BYTES = 16
@@ -81,9 +81,9 @@ class Tile:
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
     """Where this takes less time than depthwise_wgrad_channels_last_staged, of devices that it was measured on.
 
-    On an H200, percent of the memory floor by this and by staged in float16: 7x7 on 56x56 38 and 31, on 28x28 35 and 25,
-    on 14x14 32 and 22, on 7x7 21 and 21; 5x5 on 56x56 53 and 35, on 28x28 51 and 37, on 14x14 37 and 43, on 7x7 31 and
-    33; 4x4 on 28x28 59 and 52, 3x5 57 and 56; 3x3 on 56x56 71 and 75, on 14x14 60 and 61.
+    On an H200, percent of the memory floor by this and by staged in float16: 7x7 on 56x56 38 and 31, on 28x28 35 and
+    25, on 14x14 32 and 22, on 7x7 21 and 21; 5x5 on 56x56 53 and 35, on 28x28 51 and 37, on 14x14 37 and 43, on 7x7 31
+    and 33; 4x4 on 28x28 59 and 52, 3x5 57 and 56; 3x3 on 56x56 71 and 75, on 14x14 60 and 61.
     """
     taps = g.R * g.S if g.Q > _NARROW else g.R * g.S // 2
     return DTYPES[dtype][1] == _SIZE and g.channels_last and target.architecture >= 90 and taps >= _MANY_TAPS
@@ -280,8 +280,8 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     """What ranks tiles: clocks of a multiprocessor, more or less.
 
-    The weights were fitted to the times of 1,000 tiles (10 cases in float16 on an H200). Of those that were measured, the
-    tile of least cost takes up to 3 % longer than the fastest where this is the default, and up to 30 % where it is not.
+    The weights were fitted to the times of 1,000 tiles (10 cases in float16 on an H200). Of those that were measured,
+    the tile of least cost takes up to 3 % longer than the fastest where this is the default, and up to 40 % elsewhere.
     """
     strip_rows, rows = _rows(g, tile)
     blocks = -(-rows // tile.slab_rows) * _side_by_side(g, tile)
