@@ -23,8 +23,9 @@ KINDS = pytest.mark.parametrize(
         ((2, 8, 23, 31), (8, 1, 3, 3), {"padding": ((2, 2), (5, 6)), "dilation": (5, 3)}, "bfloat16"),
         ((3, 16, 11, 8), (16, 1, 7, 7), {"padding": ((3, 3), (3, 3))}, "float16"),
         ((3, 8, 6, 21), (8, 1, 1, 1), {}, "float16"),
+        ((5, 8, 9, 8), (8, 1, 5, 3), {"padding": ((0, 4), (1, 1))}, "float16"),
     ],
-    ids=["3x3", "5x5_small", "2x3", "3x4", "4x6", "dilated", "7x7", "1x1"],
+    ids=["3x3", "5x5_small", "2x3", "3x4", "4x6", "dilated", "7x7", "1x1", "below_alone"],
 )
 
 
