@@ -1,29 +1,29 @@
 // Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), 16-bit, on tensor cores
 // (sm_80 and newer), of stride 1.
 //
-// A product m16n8k16 multiplies x of 8 channels at two taps (m) by dy of the same 8 channels (n), both at 16 pixels (k).
-// Of every pair of channels it makes a sum over pixels, and those of a channel with itself, the diagonals of both halves,
-// are what two taps get; all others are thrown away. That wastes seven products of eight, and nothing else: 8 channels of
-// a pixel are 16 bytes that lie together, a row of the 8x8 matrices that are loaded transposed, from any 16 pixels, as
-// both operands want them.
+// A product m16n8k16 multiplies x of 8 channels at two taps (m) by dy of the same 8 channels (n), both at 16 pixels
+// (k). Of every pair of channels it makes a sum over pixels, and those of a channel with itself, the diagonals of both
+// halves, are what two taps get; all others are thrown away. That wastes seven products of eight, and nothing else: 8
+// channels of a pixel are 16 bytes that lie together, a row of the 8x8 matrices that are loaded transposed, from any 16
+// pixels, as both operands want them.
 //
 // A block takes some columns of dy of a few images, all at the same rows, of some neighbouring channels. Its pixels of
 // one row, one image behind the other, are cut into units of 16. A warp takes a few units of 8 channels, whose sums it
-// keeps in registers through a whole slab. In one turn a few rows of dy and as many of x arrive: they pass through a ring in
-// shared memory, copied there several turns ahead, each element once a block, with zeros for what does not exist. A row
-// of x meets the last rows of dy, which are kept in registers; columns of taps are taken two at a time.
-// Of an odd number of columns, the last one's taps are taken in pairs of rows: two rows of x then meet one row of dy. A
-// single tap that remains shares its product with ones, which sum dbias. In the end warps of the same channels are added
-// in a fixed order; depthwise_wgrad_reduce does so with all slabs, where there are several.
+// keeps in registers through a whole slab. In one turn a few rows of dy and as many of x arrive: they pass through a
+// ring in shared memory, copied there several turns ahead, each element once a block, with zeros for what does not
+// exist. A row of x meets the last rows of dy, which are kept in registers; columns of taps are taken two at a time. Of
+// an odd number of columns, the last one's taps are taken in pairs of rows: two rows of x then meet one row of dy. A
+// single tap that remains shares its product with ones, which sum dbias. In the end warps of the same channels are
+// added in a fixed order; depthwise_wgrad_reduce does so with all slabs, where there are several.
 //
 // Rows of x in the padding are passed over, and zeros in place of dy meet what may be no number. Whatever of x or dy is
 // not finite makes a sum that is not finite, be it that of dbias, which is made in any case: where there is one, the
 // block does it over, plainly.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
-// launch); GROUPS (of 8 channels a block); WARPS (of each); UNITS (of a warp); BLOCKS (that a multiprocessor is to hold,
-// which bounds the registers); ROWS (of x and of dy in a turn); STAGES (turns of the ring); X_COPIES, DY_COPIES (of a
-// thread and row); DILATED.
+// launch); GROUPS (of 8 channels a block); WARPS (of each); UNITS (of a warp); BLOCKS (that a multiprocessor is to
+// hold, which bounds the registers); ROWS (of x and of dy in a turn); STAGES (turns of the ring); X_COPIES, DY_COPIES
+// (of a thread and row); DILATED.
 #include "channels_last.cuh"
 #include "products.cuh"
 #include "row_walk.cuh"
@@ -206,9 +206,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const int beside = warp / kGroups;
   const int group = warp - beside * kGroups;
-  // Of the 8x8 matrices of a fragment a lane gives a row, that is a pixel. Of a pair of columns, lanes 8 to 15 and 24 to
-  // 31 that of the second one, and 16 to 31 those of the second octet; else lanes 0 to 15 those of the last column, and
-  // 16 to 31 those of dy.
+  // Of the 8x8 matrices of a fragment a lane gives a row, that is a pixel. Of a pair of columns, lanes 8 to 15 and 24
+  // to 31 that of the second one, and 16 to 31 those of the second octet; else lanes 0 to 15 those of the last column,
+  // and 16 to 31 those of dy.
   int own_pair[kUnits], own_last[kUnits];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
@@ -219,7 +219,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       return image < g.images ? pixel + image * (g.x_slot - g.columns) : 0;
     };
     const int pair_pixel = place_of_x(unit + lane / 16 * kOctet + lane % kOctet) + lane / kOctet % 2 * unit_w;
-    const int last_pixel = lane < 16 ? place_of_x(unit + lane) + (kS - 1) * unit_w : kRows * g.x_row_pixels + unit + lane - 16;
+    const int last_pixel =
+        lane < 16 ? place_of_x(unit + lane) + (kS - 1) * unit_w : kRows * g.x_row_pixels + unit + lane - 16;
     own_pair[u] = pair_pixel * kPitch + group * kGroup;
     own_last[u] = last_pixel * kPitch + group * kGroup;
   }

@@ -1,9 +1,9 @@
 // How a block of a channels-last gradient of weights goes down the rows of its slab.
 //
-// All strips of rows of dy, which are of some images at a time and, where dilation makes rows meet rows that lie apart, of
-// rows so far apart, are counted as if one were below the other; a slab is any run of these rows. What it has of a strip
-// is a step. In one turn a row of dy comes, and what comes new with it of x; behind the step's last row of dy come the
-// rows of x that earlier ones still meet.
+// All strips of rows of dy, which are of some images at a time and, where dilation makes rows meet rows that lie apart,
+// of rows so far apart, are counted as if one were below the other; a slab is any run of these rows. What it has of a
+// strip is a step. In one turn a row of dy comes, and what comes new with it of x; behind the step's last row of dy
+// come the rows of x that earlier ones still meet.
 #pragma once
 #include "ptx.cuh"
 
