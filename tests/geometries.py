@@ -153,6 +153,7 @@ VARIANTS = (
     "tiles",
     "channels_last",
     "channels_last_staged",
+    "channels_last_runs",
 )
 HALVES = ("float16", "bfloat16")
 
@@ -201,6 +202,8 @@ def suits(variant, direction, g, dtype):
     if variant == "channels_last_staged":
         words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
         return not nchw and few_taps and words and not multiplied and (forward or g.stride == (1, 1))
+    if variant == "channels_last_runs":
+        return not nchw and few_taps and dense and dtype != "float64" and not multiplied
     assert variant == "channels_last"
     simple = g.stride == (1, 1) or (max(g.stride) <= 2 and g.dilation == (1, 1))
     return not nchw and few_taps and (forward or (simple and not multiplied))
@@ -219,6 +222,7 @@ _MAIN_DTYPES = {
     "tiles": ("float32",),  # 16-bit elements are widened before they are shared
     "channels_last": ("float16",),
     "channels_last_staged": ("float16", "float32"),
+    "channels_last_runs": ("float16",),
 }
 _FEW = (
     "3x3_padded",
@@ -283,6 +287,7 @@ VARIANT_CASES = (
     ("tiles", "float32", "nchw"),
     ("channels_last", "float32", "nhwc"),
     ("channels_last_staged", "float32", "nhwc"),
+    ("channels_last_runs", "bfloat16", "nhwc"),
 )
 
 

@@ -1,0 +1,202 @@
+"""Channels-last arrays (NHWC in memory) by runs, for compute capability 9.0 and newer: see
+cuda/depthwise_channels_last_runs.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..geometry import Conv2dGeometry
+from .base import (
+    DTYPES,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
+    magic,
+    those_of,
+)
+from .runs import dense_dgrad_as_forward
+
+# Weights live in registers, and kernels are unrolled over them.
+MAX_TAPS = 64
+_COLUMNS = (16, 12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
+_ROWS = (1, 2)
+_STAGES = (2, 3, 4)
+_PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+# Threads with outputs that a block is to have; of one strip there may be more.
+_THREADS = (64, 128, 192, 256, 384, 512, 768)
+_WARP = 32
+# One warp more brings and takes rows.
+_MAX_CHANNELS = 1024 - _WARP
+_MAX_REGISTERS = 200
+_MAX_PRODUCTS = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A block makes block_rows rows of `strips` strips of columns side by side. `rows` rows at a time are a stage of
+    its rings; a multiprocessor is to hold so many blocks."""
+
+    columns: int
+    strips: int
+    block_rows: int
+    rows: int
+    stages: int
+    blocks: int
+
+
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(g, dtype, target, turned=False)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(dense_dgrad_as_forward(g), dtype, target, turned=True)
+
+
+def _best(g: Conv2dGeometry, dtype: str, target: Target, turned: bool) -> Plan:
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if target.architecture < 90:
+        raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
+    if dtype == "float64":
+        raise Unsuitable("takes no float64")
+    if g.multiplier > 1 or g.stride != (1, 1) or g.dilation != (1, 1):
+        raise Unsuitable(
+            f"takes multiplier 1, stride 1 and dilation 1, and has {g.multiplier}, {g.stride} and {g.dilation}"
+        )
+    if g.R * g.S > MAX_TAPS or g.K > _MAX_CHANNELS:
+        raise Unsuitable(
+            f"takes at most {MAX_TAPS} taps and {_MAX_CHANNELS} channels, and has {g.R} x {g.S} and {g.K}"
+        )
+    table, fits = _table(g, dtype, target)
+    best = cheapest_of(table, fits, _cost(g, dtype, target, table))
+    if best is None:
+        raise Unsuitable(f"{g.R} x {g.S} taps of {g.K} channels do not fit registers and shared memory")
+    return tile_plan(g, dtype, best, turned)
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
+    """The plan of a tile; of the gradient, g is the forward convolution that it is."""
+    x_bytes, y_bytes = (int(row_bytes) for row_bytes in _row_bytes(g, dtype, tile))
+    grid = (-(-g.Q // (tile.strips * tile.columns)), -(-g.P // tile.block_rows), g.N)
+    if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
+        raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
+    return Plan(
+        source="depthwise_channels_last_runs",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("TURNED", int(turned)),
+            ("THREADS", int(_threads(g, tile))),
+            ("BLOCKS", tile.blocks),
+            ("COLUMNS", tile.columns),
+            ("ROWS", tile.rows),
+            ("STAGES", tile.stages),
+        ),
+        grid=grid,
+        block=int(_threads(g, tile)),
+        shared_bytes=int(_shared_bytes(g, dtype, tile)),
+        parameters=(
+            ("K", g.K),
+            ("H", g.H),
+            ("W", g.W),
+            ("P", g.P),
+            ("Q", g.Q),
+            ("top", g.padding[0][0]),
+            ("left", g.padding[1][0]),
+            ("block_rows", tile.block_rows),
+            ("strips", tile.strips),
+            ("x_bytes", x_bytes),
+            ("y_bytes", y_bytes),
+            ("K_magic", magic(g.K)),
+            ("total_x", g.x_size),
+        ),
+    )
+
+
+def tiles(g: Conv2dGeometry, dtype: str, target: Target) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold."""
+    return each_of(*_table(g, dtype, target))
+
+
+def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
+    """The same as one tile of arrays, and which of them fit."""
+    columns_choices = [n for n in _COLUMNS if n <= g.Q]
+    # Axes of what decides whether a tile fits. Strips are those that fill the blocks side by side evenly; all that lie
+    # side by side last: they never get fewer, so that equal numbers are neighbours.
+    columns, rows, stages = axis_of(columns_choices, 3), axis_of(_ROWS, 1), axis_of(_STAGES, 0)
+    column_items = -(-g.Q // columns)
+    most = [np.clip(threads // g.K, 1, column_items) for threads in _THREADS]
+    strips: Any = np.concatenate([-(-column_items // -(-column_items // n)) for n in (*most, column_items)], axis=1)
+    bare = Tile(columns, strips, 1, rows, stages, 1)
+    threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bare)
+    fits = (
+        (np.diff(strips, axis=1, prepend=0) > 0)
+        & (threads <= _MAX_CHANNELS + _WARP)
+        & (_registers(g, bare) <= np.minimum(_MAX_REGISTERS, 65536 // threads // 8 * 8))
+        & (g.R * g.R * g.S * columns * rows <= _MAX_PRODUCTS)
+        & (shared <= target.shared_per_block - SHARED_RESERVE)
+    )
+    bare = those_of(bare, fits, 1)
+    threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bare)
+    of_registers = 4 * (512 // (-(-_registers(g, bare) // 8) * 8)) * _WARP // threads
+    blocks = np.minimum(
+        np.minimum(of_registers, 2048 // threads), target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
+    )
+    block_rows = axis_of(sorted({-(-g.P // pieces) for pieces in _PIECES}), 0)
+    tile = replace(bare, block_rows=block_rows, blocks=np.maximum(1, blocks))
+    return tile, (blocks > 0) & (block_rows > 0)
+
+
+def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
+    return _WARP + -(-tile.strips * g.K // _WARP) * _WARP
+
+
+def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Of a thread: sums, a row of x and where its columns are, weights, and all else."""
+    return g.R * tile.columns + 2 * (tile.columns + g.S - 1) + g.R * g.S + 26
+
+
+def _row_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> tuple[Any, Any]:
+    """Of a row of x, zeros before it, and of a row of y in shared memory. A run may begin up to 15 bytes behind a
+    boundary, and is brought from boundary to boundary."""
+    columns = tile.strips * tile.columns
+    pixel = g.K * DTYPES[dtype][1]
+    x_columns = np.minimum(g.W, columns + g.S - 1)
+    x_bytes, y_bytes = (
+        -(-(count * pixel + VECTOR_BYTES - 1) // VECTOR_BYTES) * VECTOR_BYTES for count in (x_columns, columns)
+    )
+    return VECTOR_BYTES + x_bytes, y_bytes
+
+
+def _shared_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> Any:
+    x_bytes, y_bytes = _row_bytes(g, dtype, tile)
+    return tile.stages * tile.rows * (x_bytes + y_bytes)
+
+
+def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:
+    """What ranks tiles: issue slots an output, and what else takes time in the same unit."""
+    size = DTYPES[dtype][1]
+    threads = _threads(g, tile)
+    column_blocks = -(-g.Q // (tile.strips * tile.columns))
+    row_blocks = -(-g.P // tile.block_rows)
+    blocks = column_blocks * row_blocks * g.N
+    inputs = tile.block_rows + g.R - 1
+    slots = tile.columns * (g.R * g.S + 3.5) + 3 * (tile.columns + g.S - 1) + 15 + 30 / tile.rows
+    issue = (slots * inputs + 400) * threads * blocks / g.y_size
+    busy = 1 - np.exp(-0.2 * tile.blocks * threads / _WARP)
+    again = (inputs / tile.block_rows) * (1 + (g.S - 1) / (tile.strips * tile.columns) * 0.3)
+    memory = 6.5 * size * (1 + again)
+    waves = blocks / (target.multiprocessors * tile.blocks)
+    uneven = np.where(waves < 8, np.ceil(waves) / waves, 1)
+    return (np.maximum(issue / busy, memory) + 0.2 * np.minimum(issue / busy, memory)) * (0.5 + 0.5 * uneven)

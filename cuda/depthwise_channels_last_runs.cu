@@ -1,0 +1,206 @@
+// Depthwise convolution, channels-last (NHWC in memory), by runs (sm_90 and newer): forward, and the gradient of the
+// input, which is the convolution of dy with the kernel turned around, both at stride 1 and without dilation. The names
+// are the forward pass's.
+//
+// Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any element.
+// A block owns some columns of some rows of an image and marches down the rows. The first warp keeps the copy engine
+// busy: it has rows of x brought to a ring in shared memory, ahead of those who read them, and rows of y taken from
+// another. The threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read
+// and write neighbouring elements, whatever the number of channels; they bring a row of their strip into registers,
+// where the weights are too, and meet it with all rows of outputs that need it.
+//
+// A stage of the rings is a few rows of x and the rows of y for which these are the last ones; a barrier says that the
+// former are there and that the latter may be overwritten, and another that the strips are done with both. Columns of x
+// in the padding are read from zeros before its row; a row in the padding is filled with zeros. So strips ask for
+// nothing: rows of y that are not the block's are made too, and not taken from the ring.
+//
+// Sums are in the order in which they need the row. Each moves on by one place a row, which its first multiplication
+// does without a move, so that few rows are all the code.
+//
+// Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which
+// bounds the registers); COLUMNS (of a strip); ROWS (of a stage); STAGES.
+#include "indices.cuh"
+#include "numbers.cuh"
+#include "runs.cuh"
+
+using T = CUCONV_T;
+using Sum = Accumulator<T>;
+
+constexpr int kR = CUCONV_R;
+constexpr int kS = CUCONV_S;
+constexpr bool kTurned = CUCONV_TURNED;
+constexpr int kThreads = CUCONV_THREADS;
+constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kColumns = CUCONV_COLUMNS;
+constexpr int kRows = CUCONV_ROWS;
+constexpr int kStages = CUCONV_STAGES;
+
+constexpr int kTaps = kR * kS;
+// Columns of x that a strip needs.
+constexpr int kSpan = kColumns + kS - 1;
+
+static_assert(kStages >= 2, "a row is brought while another is read");
+
+struct Parameters {
+  int K;
+  int H, W, P, Q;
+  int top, left;              // padding
+  int block_rows;             // of outputs
+  int strips;                 // of a block, side by side
+  int x_bytes, y_bytes;       // of a row in shared memory, for x with zeros before it
+  uint32 K_magic;             // see divide
+  int64 total_x;              // elements of x
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    depthwise_channels_last_runs(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+                                 T* __restrict__ y, const __grid_constant__ Parameters g) {
+  CUCONV_DYNAMIC_SHARED(shared);
+  __shared__ uint64 ready[kStages];
+  __shared__ uint64 done[kStages];
+
+  const int thread = static_cast<int>(threadIdx.x);
+  // The same in all lanes, and known to be so: what hangs on it alone then needs no register of every lane.
+  const int warp = __shfl_sync(0xffffffff, thread / kWarp, 0);
+  const int image = static_cast<int>(blockIdx.z);
+  const int p = static_cast<int>(blockIdx.y) * g.block_rows;
+  const int q = static_cast<int>(blockIdx.x) * g.strips * kColumns;
+  const int rows = min(g.block_rows, g.P - p);
+  const int columns = min(g.strips * kColumns, g.Q - q);
+  const int lanes = (columns + kColumns - 1) / kColumns * g.K;
+  const int warps = (lanes + kWarp - 1) / kWarp;
+
+  // The block's outputs need `inputs` rows of x from `first_row` on, and of their columns `low` to `high`.
+  const int inputs = rows + kR - 1;
+  const int steps = (inputs + kRows - 1) / kRows;
+  const int first_row = p - g.top;
+  const int first_column = q - g.left;
+  const int low = min(max(first_column, 0), g.W);
+  const int high = max(low, min(first_column + columns + kS - 1, g.W));
+  const int64 x_row = static_cast<int64>(g.W) * g.K;
+  const int64 y_row = static_cast<int64>(g.Q) * g.K;
+  const T* const x_start = x + ((static_cast<int64>(image) * g.H + first_row) * g.W + low) * g.K;
+  T* const y_start = y + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * g.K;
+  // Row t of x as it lies in its stage, behind zeros, and the row of y that it completes.
+  unsigned char* const y_ring = shared + kStages * kRows * g.x_bytes;
+  const auto row_of_x = [&](int t) { return x_start + t * x_row; };
+  const auto row_of_y = [&](int t) { return y_start + (t - (kR - 1)) * y_row; };
+  const auto staged_x = [&](int t, int stage_row) {
+    return run_in_shared(row_of_x(t), shared + stage_row * g.x_bytes + kBulkAlignment);
+  };
+  const auto staged_y = [&](int t, int stage_row) { return run_in_shared(row_of_y(t), y_ring + stage_row * g.y_bytes); };
+
+  if (thread < kStages) {
+    ptx::barrier_init(&ready[thread], kWarp * kRows);
+    ptx::barrier_init(&done[thread], warps);
+  }
+  if (thread < kStages * kRows)
+    *reinterpret_cast<Vector<unsigned char, kBulkAlignment>*>(shared + thread * g.x_bytes) = {};
+  __syncthreads();
+
+  if (warp == 0) {
+    const auto bring = [&](int step) {
+      const int stage = step % kStages;
+#pragma unroll 1
+      for (int i = 0; i < kRows; ++i) {
+        const int t = step * kRows + i;
+        const int stage_row = stage * kRows + i;
+        if (t < inputs && within(first_row + t, g.H)) {
+          load_run(Run<const T>(row_of_x(t), (high - low) * g.K, staged_x(t, stage_row), x, x + g.total_x),
+                   &ready[stage], thread);
+        } else {
+          for (int byte = thread * kBulkAlignment; byte < g.x_bytes; byte += kWarp * kBulkAlignment)
+            *reinterpret_cast<Vector<unsigned char, kBulkAlignment>*>(shared + stage_row * g.x_bytes + byte) = {};
+          ptx::fence_shared_for_bulk();
+          ptx::barrier_arrive(&ready[stage]);
+        }
+      }
+    };
+#pragma unroll 1
+    for (int step = 0; step < min(kStages, steps); ++step) bring(step);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages;
+      ptx::barrier_wait(&done[stage], step / kStages % 2);
+#pragma unroll 1
+      for (int i = 0; i < kRows; ++i) {
+        const int t = step * kRows + i;
+        if (t >= kR - 1 && t < inputs)
+          store_run(Run<T>(row_of_y(t), columns * g.K, staged_y(t, stage * kRows + i)), thread);
+      }
+      // What follows in the stage of the step before, whose outputs have been read by now.
+      if (thread == 0) ptx::bulk_store_wait_read<kRows>();
+      __syncwarp();
+      if (step > 0 && step - 1 + kStages < steps) bring(step - 1 + kStages);
+    }
+    if (thread == 0) ptx::bulk_store_wait_read<0>();
+    return;
+  }
+
+  if (warp > warps) return;
+  // Lanes without any outputs do as the last one that has some.
+  const int item = min(thread - kWarp, lanes - 1);
+  const bool stores = thread - kWarp < lanes;
+  const int strip = divide(item, g.K_magic);
+  const int k = item - strip * g.K;
+
+  // In bytes from where a row of x or y begins.
+  constexpr int kSize = static_cast<int>(sizeof(T));
+  int source[kSpan];
+#pragma unroll
+  for (int j = 0; j < kSpan; ++j) {
+    const int column = first_column + strip * kColumns + j;
+    source[j] = within(column, g.W) ? ((column - low) * g.K + k) * kSize : -kBulkAlignment;
+    source[j] = ptx::as_it_is(source[j]);
+  }
+  const int result = (strip * kColumns * g.K + k) * kSize;
+
+  Sum weight[kR][kS];
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap)
+    weight[tap / kS][tap % kS] = widen(w[k * kTaps + (kTurned ? kTaps - 1 - tap : tap)]);
+  const Sum start = bias == nullptr ? Sum(0) : widen(bias[k]);
+
+  Sum sum[kR][kColumns];
+#pragma unroll
+  for (int place = 0; place < kR; ++place)
+#pragma unroll
+    for (int v = 0; v < kColumns; ++v) sum[place][v] = start;
+
+  int stage = 0;
+  uint32 parity = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::barrier_wait(&ready[stage], parity);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int t = step * kRows + i;
+      const int stage_row = stage * kRows + i;
+      const unsigned char* const from = reinterpret_cast<const unsigned char*>(staged_x(t, stage_row));
+      Sum value[kSpan];
+#pragma unroll
+      for (int j = 0; j < kSpan; ++j) value[j] = widen(*reinterpret_cast<const T*>(from + source[j]));
+      // Place r is of the row of outputs whose kernel row r meets this row; the last one is then complete.
+#pragma unroll
+      for (int r = kR - 1; r >= 0; --r)
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v) {
+          Sum of_place = r > 0 ? sum[max(r - 1, 0)][v] : start;
+#pragma unroll
+          for (int s = 0; s < kS; ++s) of_place = fma(value[v + s], weight[r][s], of_place);
+          sum[r][v] = of_place;
+        }
+      unsigned char* const to = reinterpret_cast<unsigned char*>(staged_y(t, stage_row)) + result;
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v)
+        if (stores) *reinterpret_cast<T*>(to + v * g.K * kSize) = narrow<T>(sum[kR - 1][v]);
+    }
+    ptx::fence_shared_for_bulk();
+    __syncwarp();
+    if (thread % kWarp == 0) ptx::barrier_arrive(&done[stage]);
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+}
