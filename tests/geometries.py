@@ -177,6 +177,8 @@ def suits(variant, direction, g, dtype):
         narrow = max(g.W, g.Q) <= 120 and (g.S - 1) * g.dilation[1] + 7 >= g.padding[1][0]
         takes = nchw and dtype in HALVES and not multiplied and g.stride[1] == 1
         return direction == "wgrad" and takes and whole and narrow
+    if variant == "channels_last_runs":
+        return not nchw and few_taps and dense and dtype != "float64" and not multiplied
     if direction == "wgrad":
         words = dtype == "float32" or (dtype in HALVES and (g.C % 2 == 0 or g.dilation == (1, 1)))
         staged = not nchw and words and not multiplied
@@ -202,8 +204,6 @@ def suits(variant, direction, g, dtype):
     if variant == "channels_last_staged":
         words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
         return not nchw and few_taps and words and not multiplied and (forward or g.stride == (1, 1))
-    if variant == "channels_last_runs":
-        return not nchw and few_taps and dense and dtype != "float64" and not multiplied
     assert variant == "channels_last"
     simple = g.stride == (1, 1) or (max(g.stride) <= 2 and g.dilation == (1, 1))
     return not nchw and few_taps and (forward or (simple and not multiplied))

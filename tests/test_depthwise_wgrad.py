@@ -20,6 +20,7 @@ BY_LAYOUT = (
     ("runs", "nchw"),
     ("channels_last", "nhwc"),
     ("channels_last_staged", "nhwc"),
+    ("channels_last_runs", "nhwc"),
 )
 # On tensor cores, for images of whole 16 bytes in 16-bit.
 TENSOR = ("diagonals", "pairs")

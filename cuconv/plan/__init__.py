@@ -25,6 +25,7 @@ from . import (
     toeplitz,
     wgrad,
     wgrad_channels_last,
+    wgrad_channels_last_runs,
     wgrad_channels_last_staged,
     wgrad_diagonals,
     wgrad_pairs,
@@ -77,6 +78,7 @@ _WGRAD = {
     "pairs": wgrad_pairs.pairs,
     "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
     "channels_last": wgrad_channels_last.channels_last,
+    "channels_last_runs": wgrad_channels_last_runs.channels_last_runs,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }

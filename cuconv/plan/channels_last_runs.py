@@ -34,9 +34,9 @@ _STAGES = (2, 3, 4)
 _PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 # Threads with outputs that a block is to have; of one strip there may be more.
 _THREADS = (64, 128, 192, 256, 384, 512, 768)
-_WARP = 32
+WARP = 32
 # One warp more brings and takes rows.
-_MAX_CHANNELS = 1024 - _WARP
+MAX_CHANNELS = 1024 - WARP
 _MAX_REGISTERS = 200
 _MAX_PRODUCTS = 3000
 
@@ -73,9 +73,9 @@ def _best(g: Conv2dGeometry, dtype: str, target: Target, turned: bool) -> Plan:
         raise Unsuitable(
             f"takes multiplier 1, stride 1 and dilation 1, and has {g.multiplier}, {g.stride} and {g.dilation}"
         )
-    if g.R * g.S > MAX_TAPS or g.K > _MAX_CHANNELS:
+    if g.R * g.S > MAX_TAPS or g.K > MAX_CHANNELS:
         raise Unsuitable(
-            f"takes at most {MAX_TAPS} taps and {_MAX_CHANNELS} channels, and has {g.R} x {g.S} and {g.K}"
+            f"takes at most {MAX_TAPS} taps and {MAX_CHANNELS} channels, and has {g.R} x {g.S} and {g.K}"
         )
     table, fits = _table(g, dtype, target)
     best = cheapest_of(table, fits, _cost(g, dtype, target, table))
@@ -132,24 +132,21 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target) -> Iterator[Tile]:
 def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
     """The same as one tile of arrays, and which of them fit."""
     columns_choices = [n for n in _COLUMNS if n <= g.Q]
-    # Axes of what decides whether a tile fits. Strips are those that fill the blocks side by side evenly; all that lie
-    # side by side last: they never get fewer, so that equal numbers are neighbours.
+    # Axes of what decides whether a tile fits; strips never get fewer, so that equal numbers are neighbours.
     columns, rows, stages = axis_of(columns_choices, 3), axis_of(_ROWS, 1), axis_of(_STAGES, 0)
-    column_items = -(-g.Q // columns)
-    most = [np.clip(threads // g.K, 1, column_items) for threads in _THREADS]
-    strips: Any = np.concatenate([-(-column_items // -(-column_items // n)) for n in (*most, column_items)], axis=1)
+    strips: Any = even_strips(g, columns, 1)
     bare = Tile(columns, strips, 1, rows, stages, 1)
     threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bare)
     fits = (
         (np.diff(strips, axis=1, prepend=0) > 0)
-        & (threads <= _MAX_CHANNELS + _WARP)
+        & (threads <= MAX_CHANNELS + WARP)
         & (_registers(g, bare) <= np.minimum(_MAX_REGISTERS, 65536 // threads // 8 * 8))
         & (g.R * g.R * g.S * columns * rows <= _MAX_PRODUCTS)
         & (shared <= target.shared_per_block - SHARED_RESERVE)
     )
     bare = those_of(bare, fits, 1)
     threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bare)
-    of_registers = 4 * (512 // (-(-_registers(g, bare) // 8) * 8)) * _WARP // threads
+    of_registers = 4 * (512 // (-(-_registers(g, bare) // 8) * 8)) * WARP // threads
     blocks = np.minimum(
         np.minimum(of_registers, 2048 // threads), target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
     )
@@ -159,7 +156,7 @@ def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
 
 
 def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
-    return _WARP + -(-tile.strips * g.K // _WARP) * _WARP
+    return WARP + -(-tile.strips * g.K // WARP) * WARP
 
 
 def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
@@ -167,16 +164,25 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
     return g.R * tile.columns + 2 * (tile.columns + g.S - 1) + g.R * g.S + 26
 
 
+def even_strips(g: Conv2dGeometry, columns: Any, axis: int) -> Any:
+    """Strips of a block, along an axis: as many as some threads have channels for, or fewer that fill the blocks side by
+    side evenly; all that lie side by side last."""
+    column_items = -(-g.Q // columns)
+    most = [np.clip(threads // g.K, 1, column_items) for threads in _THREADS]
+    return np.concatenate([-(-column_items // -(-column_items // n)) for n in (*most, column_items)], axis=axis)
+
+
+def run_bytes(g: Conv2dGeometry, dtype: str, columns: Any) -> Any:
+    """Of so many columns in shared memory: a run may begin up to 15 bytes behind a boundary, and is brought from
+    boundary to boundary."""
+    return -(-(columns * g.K * DTYPES[dtype][1] + VECTOR_BYTES - 1) // VECTOR_BYTES) * VECTOR_BYTES
+
+
 def _row_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> tuple[Any, Any]:
-    """Of a row of x, zeros before it, and of a row of y in shared memory. A run may begin up to 15 bytes behind a
-    boundary, and is brought from boundary to boundary."""
+    """Of a row of x, with zeros before it, and of a row of y in shared memory."""
     columns = tile.strips * tile.columns
-    pixel = g.K * DTYPES[dtype][1]
     x_columns = np.minimum(g.W, columns + g.S - 1)
-    x_bytes, y_bytes = (
-        -(-(count * pixel + VECTOR_BYTES - 1) // VECTOR_BYTES) * VECTOR_BYTES for count in (x_columns, columns)
-    )
-    return VECTOR_BYTES + x_bytes, y_bytes
+    return VECTOR_BYTES + run_bytes(g, dtype, x_columns), run_bytes(g, dtype, columns)
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> Any:
@@ -194,7 +200,7 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:
     inputs = tile.block_rows + g.R - 1
     slots = tile.columns * (g.R * g.S + 3.5) + 3 * (tile.columns + g.S - 1) + 15 + 30 / tile.rows
     issue = (slots * inputs + 400) * threads * blocks / g.y_size
-    busy = 1 - np.exp(-0.2 * tile.blocks * threads / _WARP)
+    busy = 1 - np.exp(-0.2 * tile.blocks * threads / WARP)
     again = (inputs / tile.block_rows) * (1 + (g.S - 1) / (tile.strips * tile.columns) * 0.3)
     memory = 6.5 * size * (1 + again)
     waves = blocks / (target.multiprocessors * tile.blocks)

@@ -1,0 +1,200 @@
+"""Gradients of the weights and the bias of channels-last arrays, by runs, for compute capability 9.0 and newer: see
+cuda/depthwise_wgrad_channels_last_runs.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..geometry import Conv2dGeometry
+from .base import (
+    DTYPES,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
+    magic,
+    those_of,
+)
+from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, WARP, even_strips, run_bytes
+from .wgrad import WgradPlan, sum_bytes, with_reduce
+
+_COLUMNS = (12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
+_STAGES = (2, 3, 4)
+_MAX_REGISTERS = 200
+# Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
+_MAX_PRODUCTS = 2800
+# Of the blocks that a device holds at once, slabs are to fill so many.
+_FILLS = (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A block takes slab_rows rows of `strips` strips of columns of dy side by side, `stages` times as many rows as a
+    kernel has at once in shared memory; a multiprocessor is to hold so many blocks."""
+
+    columns: int
+    strips: int
+    stages: int
+    blocks: int
+    slab_rows: int
+
+
+def channels_last_runs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
+    """Every element of dy is read once, and of x but for the columns that neighbouring blocks share."""
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if target.architecture < 90:
+        raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
+    if dtype == "float64":
+        raise Unsuitable("takes no float64")
+    if g.multiplier > 1 or g.stride != (1, 1) or g.dilation != (1, 1):
+        raise Unsuitable(
+            f"takes multiplier 1, stride 1 and dilation 1, and has {g.multiplier}, {g.stride} and {g.dilation}"
+        )
+    if g.R * g.S > MAX_TAPS or g.K > MAX_CHANNELS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps and {MAX_CHANNELS} channels, and has {g.R} x {g.S} and {g.K}")
+    table, fits = _table(g, dtype, bias, target)
+    best = cheapest_of(table, fits, _cost(g, dtype, bias, target, table))
+    if best is None:
+        raise Unsuitable(f"{g.R} x {g.S} taps of {g.K} channels do not fit registers and shared memory")
+    return tile_plan(g, dtype, bias, best)
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPlan:
+    """The plan of one choice of tiles()."""
+    rows = g.N * g.P
+    slabs, column_blocks = -(-rows // tile.slab_rows), -(-g.Q // (tile.strips * tile.columns))
+    grid = (column_blocks, slabs, 1)
+    if rows > MAX_GRID[0] or slabs > MAX_GRID[1]:
+        raise Unsuitable(f"{rows} rows are more than it can count")
+    x_bytes, dy_bytes = (int(row_bytes) for row_bytes in _row_bytes(g, dtype, tile))
+    threads = int(_threads(g, tile))
+    sums = Plan(
+        source="depthwise_wgrad_channels_last_runs",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("BIAS", int(bias)),
+            ("FINAL", int(slabs * column_blocks == 1)),
+            ("THREADS", threads),
+            ("BLOCKS", tile.blocks),
+            ("COLUMNS", tile.columns),
+            ("TURNS", _turns(g)),
+            ("STAGES", tile.stages),
+        ),
+        grid=grid,
+        block=threads,
+        shared_bytes=int(_shared_bytes(g, dtype, bias, tile)),
+        parameters=(
+            ("K", g.K),
+            ("H", g.H),
+            ("W", g.W),
+            ("P", g.P),
+            ("Q", g.Q),
+            ("top", g.padding[0][0]),
+            ("left", g.padding[1][0]),
+            ("strips", tile.strips),
+            ("x_bytes", x_bytes),
+            ("dy_bytes", dy_bytes),
+            ("rows", rows),
+            ("slab_rows", tile.slab_rows),
+            ("K_magic", magic(g.K)),
+            ("total_x", g.x_size),
+            ("total_dy", g.y_size),
+        ),
+    )
+    slabs *= column_blocks
+    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+
+
+def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold."""
+    return each_of(*_table(g, dtype, bias, target))
+
+
+def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[Tile, Any]:
+    """All tiles as one of arrays, and which of them fit."""
+    columns, stages = axis_of([n for n in _COLUMNS if n <= g.Q], 2), axis_of(_STAGES, 0)
+    strips: Any = even_strips(g, columns, 1)
+    bare = Tile(columns, strips, stages, 1, 1)
+    threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bias, bare)
+    fits = (
+        (np.diff(strips, axis=1, prepend=0) > 0)
+        & (threads <= MAX_CHANNELS + WARP)
+        & (_registers(g, bare) <= np.minimum(_MAX_REGISTERS, 65536 // threads // 8 * 8))
+        & ((g.R * g.S * columns * _turns(g) <= _MAX_PRODUCTS) | (columns == 1))
+        & (shared <= target.shared_per_block - SHARED_RESERVE)
+    )
+    bare = those_of(bare, fits, 1)
+    threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bias, bare)
+    of_registers = 4 * (512 // (-(-_registers(g, bare) // 8) * 8)) * WARP // threads
+    blocks = np.minimum(
+        np.minimum(of_registers, 2048 // threads), target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
+    )
+    rows = g.N * g.P
+    side_by_side = -(-g.Q // (bare.strips * bare.columns))
+    slabs = [np.maximum(1, fill * target.multiprocessors * blocks // side_by_side) for fill in _FILLS]
+    slab_rows: Any = np.concatenate(
+        [np.ceil(rows / np.minimum(count, MAX_GRID[1])).astype(np.int64) for count in slabs], axis=1
+    )
+    fits = (blocks > 0) & (np.diff(slab_rows, axis=1, prepend=rows + 1) < 0)
+    return replace(bare, blocks=np.maximum(1, blocks), slab_rows=slab_rows), fits
+
+
+def _turns(g: Conv2dGeometry) -> int:
+    """Of a stage: a multiple of R, so that what is where in the ring of rows of dy is known at compile time."""
+    return g.R * max(1, 2 // g.R)
+
+
+def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
+    return WARP + -(-tile.strips * g.K // WARP) * WARP
+
+
+def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Of a thread: rows of dy, a row of x, where their columns are, sums, and all else."""
+    return (g.R + 3) * tile.columns + 2 * (g.S - 1) + g.R * g.S + 22
+
+
+def _row_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> tuple[Any, Any]:
+    """Of a row of x and of one of dy in shared memory, with zeros before it."""
+    columns = tile.strips * tile.columns
+    x_columns = np.minimum(g.W, columns + g.S - 1)
+    return VECTOR_BYTES + run_bytes(g, dtype, x_columns), VECTOR_BYTES + run_bytes(g, dtype, columns)
+
+
+def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> Any:
+    """For a row of zeros and the ring; in the end for the sums of every thread."""
+    x_bytes, dy_bytes = _row_bytes(g, dtype, tile)
+    ring = np.maximum(x_bytes, dy_bytes) + tile.stages * _turns(g) * (x_bytes + dy_bytes)
+    return np.maximum(ring, (g.R * g.S + bias) * tile.strips * g.K * sum_bytes(dtype))
+
+
+def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
+    """What ranks tiles: issue slots an element of dy, and what else takes time in the same unit."""
+    size = DTYPES[dtype][1]
+    narrow = size == 2
+    threads = _threads(g, tile)
+    side_by_side = -(-g.Q // (tile.strips * tile.columns))
+    blocks = side_by_side * -(-g.N * g.P // tile.slab_rows)
+    turns = tile.slab_rows + (1 + tile.slab_rows / g.P) * (g.R - 1)
+    slots = tile.columns * (g.R * g.S + 1) + (2 + narrow) * (2 * tile.columns + g.S - 1) + 4 + 24 / _turns(g)
+    issue = (slots * turns + 600) * threads * blocks / g.y_size
+    most = np.ceil(blocks / target.multiprocessors)
+    most = np.where(most <= tile.blocks, most, np.ceil(most / tile.blocks) * tile.blocks)
+    waves = most * target.multiprocessors / blocks
+    busy = 1 - np.exp(-0.2 * np.minimum(most, tile.blocks) * threads / WARP)
+    memory = 7 * size * (1 + g.x_size / g.y_size * (1 + 0.3 * (g.S - 1) / (tile.strips * tile.columns)))
+    memory = memory * turns / tile.slab_rows
+    launch = np.where(blocks == 1, 0.0, 3e8 / g.y_size)
+    issue = issue / busy
+    return (np.maximum(issue, memory) + 0.2 * np.minimum(issue, memory)) * waves + launch

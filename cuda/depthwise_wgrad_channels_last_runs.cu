@@ -1,0 +1,262 @@
+// Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), by runs (sm_90 and
+// newer), at stride 1 and without dilation.
+//
+// Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any element.
+// A block owns some columns of a slab, of neighbouring rows of dy of one image or several, and marches down the rows. The
+// first warp has the copy engine bring rows of x and dy to a ring in shared memory, ahead of those who read them. The
+// threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read neighbouring
+// elements, whatever the number of channels; each keeps its R x S sums in registers through the whole slab.
+//
+// In one turn there come a row of x and the row of dy that its first kernel row meets; the rows of dy before are a ring
+// in registers. A stage of the ring in shared memory is so many turns that what is where is known at compile time; a
+// barrier says that its rows are there, and another that the strips are done with them. Rows of an image behind the
+// slab's, and columns and rows that do not exist, are zeros: where rows are is told by a word, and zeros lie before every
+// row and in one row of their own.
+//
+// Padding is a zero that takes part, but zeros in place of dy are not to: if a sum is not finite, the thread makes its
+// sums once more, plainly. In the end the sums of threads that share channels are added in a fixed order;
+// depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are several.
+//
+// Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
+// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); COLUMNS (of a strip); TURNS
+// (of a stage, a multiple of R); STAGES.
+#include "indices.cuh"
+#include "numbers.cuh"
+#include "runs.cuh"
+
+using T = CUCONV_T;
+using Sum = Accumulator<T>;
+
+constexpr int kR = CUCONV_R;
+constexpr int kS = CUCONV_S;
+constexpr bool kBias = CUCONV_BIAS;
+constexpr bool kFinal = CUCONV_FINAL;
+constexpr int kThreads = CUCONV_THREADS;
+constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kColumns = CUCONV_COLUMNS;
+constexpr int kTurns = CUCONV_TURNS;
+constexpr int kStages = CUCONV_STAGES;
+
+constexpr int kTaps = kR * kS;
+// What a channel has of partial sums: its weights' and its bias's.
+constexpr int kEntries = kTaps + kBias;
+// Columns of x that a strip needs.
+constexpr int kSpan = kColumns + kS - 1;
+
+static_assert(kStages >= 2, "a stage is brought while another is read");
+static_assert(kTurns % kR == 0, "a stage is whole turns of the ring in registers");
+
+struct Parameters {
+  int K;
+  int H, W, P, Q;
+  int top, left;              // padding
+  int strips;                 // of a block, side by side
+  int x_bytes, dy_bytes;      // of a row in shared memory, with zeros before it
+  int rows;                   // of dy, of all images
+  int slab_rows;              // of those, a block's
+  uint32 K_magic;             // see divide
+  int64 total_x, total_dy;    // elements of x and dy
+};
+
+// Where the rows of a turn are, in bytes of shared memory.
+struct alignas(8) Turn {
+  int x, dy;
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    depthwise_wgrad_channels_last_runs(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw, T* dbias,
+                                       const __grid_constant__ Parameters g) {
+  CUCONV_DYNAMIC_SHARED(shared);
+  __shared__ uint64 ready[kStages];
+  __shared__ uint64 done[kStages];
+  __shared__ Turn turn_of[kStages * kTurns];
+
+  const int thread = static_cast<int>(threadIdx.x);
+  // The same in all lanes, and known to be so: what hangs on it alone then needs no register of every lane.
+  const int warp = __shfl_sync(0xffffffff, thread / kWarp, 0);
+  const int q = static_cast<int>(blockIdx.x) * g.strips * kColumns;
+  const int columns = min(g.strips * kColumns, g.Q - q);
+  const int lanes = (columns + kColumns - 1) / kColumns * g.K;
+  const int warps = (lanes + kWarp - 1) / kWarp;
+  // Columns of x that the block needs are `low` to `high`.
+  const int first_column = q - g.left;
+  const int low = min(max(first_column, 0), g.W);
+  const int high = max(low, min(first_column + columns + kS - 1, g.W));
+
+  // Behind the rows of dy of an image come as many rows of x as meet them still.
+  const int first_row = static_cast<int>(blockIdx.y) * g.slab_rows;
+  const int rows = min(g.slab_rows, g.rows - first_row);
+  const int first_image = first_row / g.P;
+  const int images = (first_row + rows - 1) / g.P - first_image + 1;
+  const int turns = rows + images * (kR - 1);
+  const int steps = (turns + kTurns - 1) / kTurns;
+
+  const int zeros = max(g.x_bytes, g.dy_bytes);
+  unsigned char* const x_ring = shared + zeros;
+  unsigned char* const dy_ring = x_ring + kStages * kTurns * g.x_bytes;
+  using Zeros = Vector<unsigned char, kBulkAlignment>;
+  if (thread < kStages) {
+    ptx::barrier_init(&ready[thread], 2 * kWarp * kTurns);
+    ptx::barrier_init(&done[thread], warps);
+  }
+  for (int byte = thread * kBulkAlignment; byte < zeros; byte += kThreads * kBulkAlignment)
+    *reinterpret_cast<Zeros*>(shared + byte) = {};
+  for (int i = thread; i < kStages * kTurns; i += kThreads) {
+    *reinterpret_cast<Zeros*>(x_ring + i * g.x_bytes) = {};
+    *reinterpret_cast<Zeros*>(dy_ring + i * g.dy_bytes) = {};
+  }
+  __syncthreads();
+
+  Sum sum[kR][kS] = {};
+  Sum bias_sum = 0;
+  // Lanes without any columns do as the last one that has some.
+  const int item = min(max(0, thread - kWarp), lanes - 1);
+  const int strip = divide(item, g.K_magic);
+  const int k = item - strip * g.K;
+  const int own_q = q + strip * kColumns;
+
+  if (warp == 0) {
+    int image = first_image;
+    int p = first_row - first_image * g.P;
+    // Behind the image's last row of the slab, and the rows that the slab has behind that.
+    int end = min(g.P, p + rows);
+    int rows_left = rows - (end - p);
+    const auto bring = [&](int step) {
+      const int stage = step % kStages;
+      uint64* const barrier = &ready[stage];
+#pragma unroll 1
+      for (int i = 0; i < kTurns; ++i) {
+        const int place = stage * kTurns + i;
+        const int h = p - g.top;
+        const bool exists = step * kTurns + i < turns;
+        const bool x_exists = exists && within(h, g.H);
+        const bool dy_exists = exists && p < end;
+        const T* const x_row = x + ((static_cast<int64>(image) * g.H + h) * g.W + low) * g.K;
+        const T* const dy_row = dy + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * g.K;
+        T* const zero_row = reinterpret_cast<T*>(shared + kBulkAlignment);
+        T* const x_copy =
+            x_exists ? run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment) : zero_row;
+        T* const dy_copy =
+            dy_exists ? run_in_shared(dy_row, dy_ring + place * g.dy_bytes + kBulkAlignment) : zero_row;
+        if (thread == 0)
+          turn_of[place] = {static_cast<int>(reinterpret_cast<unsigned char*>(x_copy) - shared),
+                            static_cast<int>(reinterpret_cast<unsigned char*>(dy_copy) - shared)};
+        if (x_exists) {
+          load_run(Run<const T>(x_row, (high - low) * g.K, x_copy, x, x + g.total_x), barrier, thread);
+        } else {
+          ptx::barrier_arrive(barrier);
+        }
+        if (dy_exists) {
+          load_run(Run<const T>(dy_row, columns * g.K, dy_copy, dy, dy + g.total_dy), barrier, thread);
+        } else {
+          ptx::barrier_arrive(barrier);
+        }
+        if (++p == end + kR - 1) {
+          ++image;
+          p = 0;
+          end = min(g.P, rows_left);
+          rows_left -= end;
+        }
+      }
+    };
+#pragma unroll 1
+    for (int step = 0; step < min(kStages, steps); ++step) bring(step);
+#pragma unroll 1
+    for (int step = kStages; step < steps; ++step) {
+      ptx::barrier_wait(&done[step % kStages], (step / kStages - 1) % 2);
+      bring(step);
+    }
+  } else if (warp <= warps) {
+    // In bytes from where a row of x or dy begins.
+    constexpr int kSize = static_cast<int>(sizeof(T));
+    int x_offset[kSpan], dy_offset[kColumns];
+#pragma unroll
+    for (int j = 0; j < kSpan; ++j) {
+      const int column = own_q - g.left + j;
+      x_offset[j] = ptx::as_it_is(within(column, g.W) ? ((column - low) * g.K + k) * kSize : -kBulkAlignment);
+    }
+#pragma unroll
+    for (int v = 0; v < kColumns; ++v)
+      dy_offset[v] = ptx::as_it_is(own_q + v < g.Q ? ((own_q + v - q) * g.K + k) * kSize : -kBulkAlignment);
+
+    Sum gradient[kR][kColumns] = {};
+    int stage = 0;
+    uint32 parity = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      ptx::barrier_wait(&ready[stage], parity);
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+        const Turn turn = turn_of[stage * kTurns + i];
+        const unsigned char* const x_row = shared + turn.x;
+        const unsigned char* const dy_row = shared + turn.dy;
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v) {
+          gradient[i % kR][v] = widen(*reinterpret_cast<const T*>(dy_row + dy_offset[v]));
+          if (kBias) bias_sum += gradient[i % kR][v];
+        }
+        Sum value[kSpan];
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) value[j] = widen(*reinterpret_cast<const T*>(x_row + x_offset[j]));
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+          for (int r = 0; r < kR; ++r)
+#pragma unroll
+            for (int s = 0; s < kS; ++s)
+              sum[r][s] = fma(value[v + s], gradient[(i + kR - r) % kR][v], sum[r][s]);
+      }
+      __syncwarp();
+      if (thread % kWarp == 0) ptx::barrier_arrive(&done[stage]);
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  }
+  __syncthreads();
+
+  // sums (entries, strips, channels) of the block.
+  Sum* const sums = reinterpret_cast<Sum*>(shared);
+  if (thread >= kWarp && thread - kWarp < lanes) {
+    Sum seen = 0;  // NaN if a sum is not finite
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap) {
+      sums[tap * lanes + item] = sum[tap / kS][tap % kS];
+      seen = fma(sum[tap / kS][tap % kS], Sum(0), seen);
+    }
+    if (kBias) sums[kTaps * lanes + item] = bias_sum;
+    if (seen != seen) {
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const int s = tap % kS;
+        Sum total = 0;
+        for (int row = first_row; row < first_row + rows; ++row) {
+          const int image = row / g.P;
+          const int h = row - image * g.P - g.top + tap / kS;
+          for (int v = own_q; v < min(own_q + kColumns, g.Q); ++v) {
+            const int column = v - g.left + s;
+            const bool exists = within(h, g.H) && within(column, g.W);
+            const T* const from = x + ((static_cast<int64>(image) * g.H + h) * g.W + column) * g.K + k;
+            total = fma(exists ? widen(*from) : Sum(0), widen(dy[(static_cast<int64>(row) * g.Q + v) * g.K + k]), total);
+          }
+        }
+        sums[tap * lanes + item] = total;
+      }
+    }
+  }
+  __syncthreads();
+  const int64 slab = static_cast<int64>(blockIdx.y) * gridDim.x + blockIdx.x;
+  for (int entry = thread; entry < kEntries * g.K; entry += kThreads) {
+    const int tap = entry / g.K;
+    const int channel = entry - tap * g.K;
+    Sum total = 0;
+    for (int other = channel; other < lanes; other += g.K) total += sums[tap * lanes + other];
+    if (!kFinal) {
+      partials[slab * (kEntries * g.K) + entry] = total;
+    } else if (tap < kTaps) {
+      dw[channel * kTaps + tap] = narrow<T>(total);
+    } else {
+      dbias[channel] = narrow<T>(total);
+    }
+  }
+}
