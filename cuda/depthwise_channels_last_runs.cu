@@ -10,15 +10,17 @@
 // where the weights are too, and meet it with all rows of outputs that need it.
 //
 // A stage of the rings is a few rows of x and the rows of y for which these are the last ones; a barrier says that the
-// former are there and that the latter may be overwritten, and another that the strips are done with both. Columns of x
-// in the padding are read from zeros before its row; a row in the padding is filled with zeros. So strips ask for
-// nothing: rows of y that are not the block's are made too, and not taken from the ring.
+// former are there and that the latter may be overwritten, and another that the strips are done with both. Where the rows
+// are is told by a word: one of x may be a row of zeros, in place of one in the padding. Zeros for columns in the padding
+// lie before every row. So strips ask for nothing; they make rows of y that are not the block's, too, and the first warp
+// leaves them in the ring. The last strip of a block is as wide as the others, and makes some columns once more.
 //
 // Sums are in the order in which they need the row. Each moves on by one place a row, which its first multiplication
 // does without a move, so that few rows are all the code.
 //
 // Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which
-// bounds the registers); COLUMNS (of a strip); ROWS (of a stage); STAGES.
+// bounds the registers); CHANNELS (or 0, where they are many); COLUMNS (of a strip); LEFT, RIGHT (of the columns of x that
+// a strip needs, the first and the last ones that may be padding); ROWS (of a stage); STAGES.
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
@@ -31,7 +33,10 @@ constexpr int kS = CUCONV_S;
 constexpr bool kTurned = CUCONV_TURNED;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kChannels = CUCONV_CHANNELS;
 constexpr int kColumns = CUCONV_COLUMNS;
+constexpr int kLeft = CUCONV_LEFT;
+constexpr int kRight = CUCONV_RIGHT;
 constexpr int kRows = CUCONV_ROWS;
 constexpr int kStages = CUCONV_STAGES;
 
@@ -47,9 +52,14 @@ struct Parameters {
   int top, left;              // padding
   int block_rows;             // of outputs
   int strips;                 // of a block, side by side
-  int x_bytes, y_bytes;       // of a row in shared memory, for x with zeros before it
+  int x_bytes, y_bytes;       // of a row in shared memory, with zeros before one of x
   uint32 K_magic;             // see divide
   int64 total_x;              // elements of x
+};
+
+// Where the rows of a turn are, in bytes of shared memory.
+struct alignas(8) Turn {
+  int x, y;
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -58,7 +68,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   CUCONV_DYNAMIC_SHARED(shared);
   __shared__ uint64 ready[kStages];
   __shared__ uint64 done[kStages];
+  __shared__ Turn turn_of[kStages * kRows];
 
+  const int K = kChannels > 0 ? kChannels : g.K;
   const int thread = static_cast<int>(threadIdx.x);
   // The same in all lanes, and known to be so: what hangs on it alone then needs no register of every lane.
   const int warp = __shfl_sync(0xffffffff, thread / kWarp, 0);
@@ -67,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int q = static_cast<int>(blockIdx.x) * g.strips * kColumns;
   const int rows = min(g.block_rows, g.P - p);
   const int columns = min(g.strips * kColumns, g.Q - q);
-  const int lanes = (columns + kColumns - 1) / kColumns * g.K;
+  const int lanes = (columns + kColumns - 1) / kColumns * K;
   const int warps = (lanes + kWarp - 1) / kWarp;
 
   // The block's outputs need `inputs` rows of x from `first_row` on, and of their columns `low` to `high`.
@@ -77,41 +89,42 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int first_column = q - g.left;
   const int low = min(max(first_column, 0), g.W);
   const int high = max(low, min(first_column + columns + kS - 1, g.W));
-  const int64 x_row = static_cast<int64>(g.W) * g.K;
-  const int64 y_row = static_cast<int64>(g.Q) * g.K;
-  const T* const x_start = x + ((static_cast<int64>(image) * g.H + first_row) * g.W + low) * g.K;
-  T* const y_start = y + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * g.K;
-  // Row t of x as it lies in its stage, behind zeros, and the row of y that it completes.
-  unsigned char* const y_ring = shared + kStages * kRows * g.x_bytes;
-  const auto row_of_x = [&](int t) { return x_start + t * x_row; };
-  const auto row_of_y = [&](int t) { return y_start + (t - (kR - 1)) * y_row; };
-  const auto staged_x = [&](int t, int stage_row) {
-    return run_in_shared(row_of_x(t), shared + stage_row * g.x_bytes + kBulkAlignment);
-  };
-  const auto staged_y = [&](int t, int stage_row) { return run_in_shared(row_of_y(t), y_ring + stage_row * g.y_bytes); };
 
+  // A row of zeros, and the rings.
+  using Zeros = Vector<unsigned char, kBulkAlignment>;
+  unsigned char* const x_ring = shared + g.x_bytes;
+  unsigned char* const y_ring = x_ring + kStages * kRows * g.x_bytes;
   if (thread < kStages) {
     ptx::barrier_init(&ready[thread], kWarp * kRows);
     ptx::barrier_init(&done[thread], warps);
   }
-  if (thread < kStages * kRows)
-    *reinterpret_cast<Vector<unsigned char, kBulkAlignment>*>(shared + thread * g.x_bytes) = {};
+  for (int byte = thread * kBulkAlignment; byte < g.x_bytes; byte += kThreads * kBulkAlignment)
+    *reinterpret_cast<Zeros*>(shared + byte) = {};
+  for (int i = thread; i < kStages * kRows; i += kThreads) *reinterpret_cast<Zeros*>(x_ring + i * g.x_bytes) = {};
   __syncthreads();
 
   if (warp == 0) {
+    // Of the turn's outputs, those that are not the block's have a place too.
+    const auto y_run = [&](int t, int place) {
+      T* const row = y + ((static_cast<int64>(image) * g.P + p + t - (kR - 1)) * g.Q + q) * K;
+      return Run<T>(row, columns * K, y_ring + place * g.y_bytes);
+    };
     const auto bring = [&](int step) {
       const int stage = step % kStages;
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
         const int t = step * kRows + i;
-        const int stage_row = stage * kRows + i;
-        if (t < inputs && within(first_row + t, g.H)) {
-          load_run(Run<const T>(row_of_x(t), (high - low) * g.K, staged_x(t, stage_row), x, x + g.total_x),
-                   &ready[stage], thread);
+        const int place = stage * kRows + i;
+        const bool exists = t < inputs && within(first_row + t, g.H);
+        const T* const row = x + ((static_cast<int64>(image) * g.H + first_row + t) * g.W + low) * K;
+        T* const copy = exists ? run_in_shared(row, x_ring + place * g.x_bytes + kBulkAlignment)
+                               : reinterpret_cast<T*>(shared + kBulkAlignment);
+        if (thread == 0)
+          turn_of[place] = {static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared),
+                            static_cast<int>(reinterpret_cast<unsigned char*>(y_run(t, place).shared) - shared)};
+        if (exists) {
+          load_run(Run<const T>(row, (high - low) * K, copy, x, x + g.total_x), &ready[stage], thread);
         } else {
-          for (int byte = thread * kBulkAlignment; byte < g.x_bytes; byte += kWarp * kBulkAlignment)
-            *reinterpret_cast<Vector<unsigned char, kBulkAlignment>*>(shared + stage_row * g.x_bytes + byte) = {};
-          ptx::fence_shared_for_bulk();
           ptx::barrier_arrive(&ready[stage]);
         }
       }
@@ -125,8 +138,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
         const int t = step * kRows + i;
-        if (t >= kR - 1 && t < inputs)
-          store_run(Run<T>(row_of_y(t), columns * g.K, staged_y(t, stage * kRows + i)), thread);
+        if (t >= kR - 1 && t < inputs) store_run(y_run(t, stage * kRows + i), thread);
       }
       // What follows in the stage of the step before, whose outputs have been read by now.
       if (thread == 0) ptx::bulk_store_wait_read<kRows>();
@@ -142,18 +154,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int item = min(thread - kWarp, lanes - 1);
   const bool stores = thread - kWarp < lanes;
   const int strip = divide(item, g.K_magic);
-  const int k = item - strip * g.K;
+  const int k = item - strip * K;
+  const int own_column = min(strip * kColumns, columns - kColumns);
 
-  // In bytes from where a row of x or y begins.
+  // In bytes from where a row of x or y begins; of columns that may be padding one by one.
   constexpr int kSize = static_cast<int>(sizeof(T));
-  int source[kSpan];
+  const int pitch = K * kSize;
+  const int source = ptx::as_it_is((first_column - low + own_column) * pitch + k * kSize);
+  const int result = ptx::as_it_is(own_column * pitch + k * kSize);
+  int edge[kSpan];
 #pragma unroll
-  for (int j = 0; j < kSpan; ++j) {
-    const int column = first_column + strip * kColumns + j;
-    source[j] = within(column, g.W) ? ((column - low) * g.K + k) * kSize : -kBulkAlignment;
-    source[j] = ptx::as_it_is(source[j]);
-  }
-  const int result = (strip * kColumns * g.K + k) * kSize;
+  for (int j = 0; j < kSpan; ++j)
+    edge[j] = ptx::as_it_is(within(first_column + own_column + j, g.W) ? source + j * pitch : -kBulkAlignment);
 
   Sum weight[kR][kS];
 #pragma unroll
@@ -174,12 +186,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::barrier_wait(&ready[stage], parity);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int t = step * kRows + i;
-      const int stage_row = stage * kRows + i;
-      const unsigned char* const from = reinterpret_cast<const unsigned char*>(staged_x(t, stage_row));
+      const Turn turn = turn_of[stage * kRows + i];
+      const unsigned char* const x_row = shared + turn.x;
+      unsigned char* const y_row = shared + turn.y + result;
       Sum value[kSpan];
 #pragma unroll
-      for (int j = 0; j < kSpan; ++j) value[j] = widen(*reinterpret_cast<const T*>(from + source[j]));
+      for (int j = 0; j < kSpan; ++j) {
+        const bool may_be_padding = j < kLeft || j >= kSpan - kRight;
+        value[j] = widen(*reinterpret_cast<const T*>(x_row + (may_be_padding ? edge[j] : source + j * pitch)));
+      }
       // Place r is of the row of outputs whose kernel row r meets this row; the last one is then complete.
 #pragma unroll
       for (int r = kR - 1; r >= 0; --r)
@@ -190,10 +205,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           for (int s = 0; s < kS; ++s) of_place = fma(value[v + s], weight[r][s], of_place);
           sum[r][v] = of_place;
         }
-      unsigned char* const to = reinterpret_cast<unsigned char*>(staged_y(t, stage_row)) + result;
 #pragma unroll
       for (int v = 0; v < kColumns; ++v)
-        if (stores) *reinterpret_cast<T*>(to + v * g.K * kSize) = narrow<T>(sum[kR - 1][v]);
+        if (stores) *reinterpret_cast<T*>(y_row + v * pitch) = narrow<T>(sum[kR - 1][v]);
     }
     ptx::fence_shared_for_bulk();
     __syncwarp();

@@ -11,15 +11,18 @@
 // in registers. A stage of the ring in shared memory is so many turns that what is where is known at compile time; a
 // barrier says that its rows are there, and another that the strips are done with them. Rows of an image behind the
 // slab's, and columns and rows that do not exist, are zeros: where rows are is told by a word, and zeros lie before every
-// row and in one row of their own.
+// row and in one row of their own. The last strip of a block is as wide as the others, and has zeros in place of columns of
+// dy that its neighbour has.
 //
 // Padding is a zero that takes part, but zeros in place of dy are not to: if a sum is not finite, the thread makes its
 // sums once more, plainly. In the end the sums of threads that share channels are added in a fixed order;
 // depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are several.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
-// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); COLUMNS (of a strip); TURNS
-// (of a stage, a multiple of R); STAGES.
+// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); CHANNELS (or 0, where they are
+// many); COLUMNS (of a strip); LEFT, RIGHT (of the columns of x that a strip needs, the first and the last ones that may
+// be padding); REPEATED (the first columns of dy of the last strip that its neighbour has); TURNS (of a stage, a multiple
+// of R); STAGES.
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
@@ -33,7 +36,11 @@ constexpr bool kBias = CUCONV_BIAS;
 constexpr bool kFinal = CUCONV_FINAL;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kChannels = CUCONV_CHANNELS;
 constexpr int kColumns = CUCONV_COLUMNS;
+constexpr int kLeft = CUCONV_LEFT;
+constexpr int kRight = CUCONV_RIGHT;
+constexpr int kRepeated = CUCONV_REPEATED;
 constexpr int kTurns = CUCONV_TURNS;
 constexpr int kStages = CUCONV_STAGES;
 
@@ -71,12 +78,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   __shared__ uint64 done[kStages];
   __shared__ Turn turn_of[kStages * kTurns];
 
+  const int K = kChannels > 0 ? kChannels : g.K;
   const int thread = static_cast<int>(threadIdx.x);
   // The same in all lanes, and known to be so: what hangs on it alone then needs no register of every lane.
   const int warp = __shfl_sync(0xffffffff, thread / kWarp, 0);
   const int q = static_cast<int>(blockIdx.x) * g.strips * kColumns;
   const int columns = min(g.strips * kColumns, g.Q - q);
-  const int lanes = (columns + kColumns - 1) / kColumns * g.K;
+  const int lanes = (columns + kColumns - 1) / kColumns * K;
   const int warps = (lanes + kWarp - 1) / kWarp;
   // Columns of x that the block needs are `low` to `high`.
   const int first_column = q - g.left;
@@ -112,8 +120,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   // Lanes without any columns do as the last one that has some.
   const int item = min(max(0, thread - kWarp), lanes - 1);
   const int strip = divide(item, g.K_magic);
-  const int k = item - strip * g.K;
-  const int own_q = q + strip * kColumns;
+  const int k = item - strip * K;
+  // The strip's first column of dy, counted from the block's, and of its own columns.
+  const int own_column = min(strip * kColumns, columns - kColumns);
+  const int first_own = strip * kColumns - own_column;
 
   if (warp == 0) {
     int image = first_image;
@@ -131,8 +141,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         const bool exists = step * kTurns + i < turns;
         const bool x_exists = exists && within(h, g.H);
         const bool dy_exists = exists && p < end;
-        const T* const x_row = x + ((static_cast<int64>(image) * g.H + h) * g.W + low) * g.K;
-        const T* const dy_row = dy + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * g.K;
+        const T* const x_row = x + ((static_cast<int64>(image) * g.H + h) * g.W + low) * K;
+        const T* const dy_row = dy + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * K;
         T* const zero_row = reinterpret_cast<T*>(shared + kBulkAlignment);
         T* const x_copy =
             x_exists ? run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment) : zero_row;
@@ -142,12 +152,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           turn_of[place] = {static_cast<int>(reinterpret_cast<unsigned char*>(x_copy) - shared),
                             static_cast<int>(reinterpret_cast<unsigned char*>(dy_copy) - shared)};
         if (x_exists) {
-          load_run(Run<const T>(x_row, (high - low) * g.K, x_copy, x, x + g.total_x), barrier, thread);
+          load_run(Run<const T>(x_row, (high - low) * K, x_copy, x, x + g.total_x), barrier, thread);
         } else {
           ptx::barrier_arrive(barrier);
         }
         if (dy_exists) {
-          load_run(Run<const T>(dy_row, columns * g.K, dy_copy, dy, dy + g.total_dy), barrier, thread);
+          load_run(Run<const T>(dy_row, columns * K, dy_copy, dy, dy + g.total_dy), barrier, thread);
         } else {
           ptx::barrier_arrive(barrier);
         }
@@ -167,17 +177,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       bring(step);
     }
   } else if (warp <= warps) {
-    // In bytes from where a row of x or dy begins.
+    // In bytes from where a row of x or dy begins; of columns that may be zeros one by one.
     constexpr int kSize = static_cast<int>(sizeof(T));
-    int x_offset[kSpan], dy_offset[kColumns];
+    const int pitch = K * kSize;
+    const int x_offset = ptx::as_it_is((first_column - low + own_column) * pitch + k * kSize);
+    const int dy_offset = ptx::as_it_is(own_column * pitch + k * kSize);
+    int x_edge[kSpan], dy_edge[kColumns];
 #pragma unroll
-    for (int j = 0; j < kSpan; ++j) {
-      const int column = own_q - g.left + j;
-      x_offset[j] = ptx::as_it_is(within(column, g.W) ? ((column - low) * g.K + k) * kSize : -kBulkAlignment);
-    }
+    for (int j = 0; j < kSpan; ++j)
+      x_edge[j] = ptx::as_it_is(within(first_column + own_column + j, g.W) ? x_offset + j * pitch : -kBulkAlignment);
 #pragma unroll
     for (int v = 0; v < kColumns; ++v)
-      dy_offset[v] = ptx::as_it_is(own_q + v < g.Q ? ((own_q + v - q) * g.K + k) * kSize : -kBulkAlignment);
+      dy_edge[v] = ptx::as_it_is(v >= first_own ? dy_offset + v * pitch : -kBulkAlignment);
 
     Sum gradient[kR][kColumns] = {};
     int stage = 0;
@@ -192,12 +203,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         const unsigned char* const dy_row = shared + turn.dy;
 #pragma unroll
         for (int v = 0; v < kColumns; ++v) {
-          gradient[i % kR][v] = widen(*reinterpret_cast<const T*>(dy_row + dy_offset[v]));
+          const int offset = v < kRepeated ? dy_edge[v] : dy_offset + v * pitch;
+          gradient[i % kR][v] = widen(*reinterpret_cast<const T*>(dy_row + offset));
           if (kBias) bias_sum += gradient[i % kR][v];
         }
         Sum value[kSpan];
 #pragma unroll
-        for (int j = 0; j < kSpan; ++j) value[j] = widen(*reinterpret_cast<const T*>(x_row + x_offset[j]));
+        for (int j = 0; j < kSpan; ++j) {
+          const bool may_be_padding = j < kLeft || j >= kSpan - kRight;
+          value[j] = widen(*reinterpret_cast<const T*>(x_row + (may_be_padding ? x_edge[j] : x_offset + j * pitch)));
+        }
 #pragma unroll
         for (int v = 0; v < kColumns; ++v)
 #pragma unroll
@@ -233,11 +248,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int row = first_row; row < first_row + rows; ++row) {
           const int image = row / g.P;
           const int h = row - image * g.P - g.top + tap / kS;
-          for (int v = own_q; v < min(own_q + kColumns, g.Q); ++v) {
-            const int column = v - g.left + s;
+          for (int v = first_own; v < kColumns; ++v) {
+            const int of_dy = q + own_column + v;
+            const int column = of_dy - g.left + s;
             const bool exists = within(h, g.H) && within(column, g.W);
-            const T* const from = x + ((static_cast<int64>(image) * g.H + h) * g.W + column) * g.K + k;
-            total = fma(exists ? widen(*from) : Sum(0), widen(dy[(static_cast<int64>(row) * g.Q + v) * g.K + k]), total);
+            const T* const from = x + ((static_cast<int64>(image) * g.H + h) * g.W + column) * K + k;
+            total = fma(exists ? widen(*from) : Sum(0), widen(dy[(static_cast<int64>(row) * g.Q + of_dy) * K + k]), total);
           }
         }
         sums[tap * lanes + item] = total;
@@ -246,13 +262,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   __syncthreads();
   const int64 slab = static_cast<int64>(blockIdx.y) * gridDim.x + blockIdx.x;
-  for (int entry = thread; entry < kEntries * g.K; entry += kThreads) {
-    const int tap = entry / g.K;
-    const int channel = entry - tap * g.K;
+  for (int entry = thread; entry < kEntries * K; entry += kThreads) {
+    const int tap = entry / K;
+    const int channel = entry - tap * K;
     Sum total = 0;
-    for (int other = channel; other < lanes; other += g.K) total += sums[tap * lanes + other];
+    for (int other = channel; other < lanes; other += K) total += sums[tap * lanes + other];
     if (!kFinal) {
-      partials[slab * (kEntries * g.K) + entry] = total;
+      partials[slab * (kEntries * K) + entry] = total;
     } else if (tap < kTaps) {
       dw[channel * kTaps + tap] = narrow<T>(total);
     } else {

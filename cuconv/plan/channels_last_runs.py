@@ -30,11 +30,13 @@ from .runs import dense_dgrad_as_forward
 MAX_TAPS = 64
 _COLUMNS = (16, 12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
 _ROWS = (1, 2)
-_STAGES = (2, 3, 4)
+_STAGES = (2, 3, 4, 6, 8)
 _PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 # Threads with outputs that a block is to have; of one strip there may be more.
 _THREADS = (64, 128, 192, 256, 384, 512, 768)
 WARP = 32
+# A kernel for each of these.
+_MOST_KNOWN_CHANNELS = 256
 # One warp more brings and takes rows.
 MAX_CHANNELS = 1024 - WARP
 _MAX_REGISTERS = 200
@@ -99,7 +101,10 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("TURNED", int(turned)),
             ("THREADS", int(_threads(g, tile))),
             ("BLOCKS", tile.blocks),
+            ("CHANNELS", known_channels(g)),
             ("COLUMNS", tile.columns),
+            ("LEFT", edge(g, tile.columns, 0)),
+            ("RIGHT", edge(g, tile.columns, 1)),
             ("ROWS", tile.rows),
             ("STAGES", tile.stages),
         ),
@@ -139,6 +144,7 @@ def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
     threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bare)
     fits = (
         (np.diff(strips, axis=1, prepend=0) > 0)
+        & last_strip_fits(g, columns, strips)
         & (threads <= MAX_CHANNELS + WARP)
         & (_registers(g, bare) <= np.minimum(_MAX_REGISTERS, 65536 // threads // 8 * 8))
         & (g.R * g.R * g.S * columns * rows <= _MAX_PRODUCTS)
@@ -160,8 +166,9 @@ def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
 
 
 def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
-    """Of a thread: sums, a row of x and where its columns are, weights, and all else."""
-    return g.R * tile.columns + 2 * (tile.columns + g.S - 1) + g.R * g.S + 26
+    """Of a thread: sums, weights, a row of x and where its columns are, and all else."""
+    addresses = 1 if known_channels(g) else tile.columns
+    return g.R * tile.columns + g.R * g.S + tile.columns + addresses + 2 * (g.S - 1) + 20
 
 
 def even_strips(g: Conv2dGeometry, columns: Any, axis: int) -> Any:
@@ -170,6 +177,22 @@ def even_strips(g: Conv2dGeometry, columns: Any, axis: int) -> Any:
     column_items = -(-g.Q // columns)
     most = [np.clip(threads // g.K, 1, column_items) for threads in _THREADS]
     return np.concatenate([-(-column_items // -(-column_items // n)) for n in (*most, column_items)], axis=axis)
+
+
+def last_strip_fits(g: Conv2dGeometry, columns: Any, strips: Any) -> Any:
+    """Whether the last block has room for a strip."""
+    rest = g.Q % (strips * columns)
+    return (rest == 0) | (rest >= columns)
+
+
+def known_channels(g: Conv2dGeometry) -> int:
+    """CHANNELS: known at compile time, loads and stores of all columns have one address."""
+    return g.K if g.K <= _MOST_KNOWN_CHANNELS else 0
+
+
+def edge(g: Conv2dGeometry, columns: int, side: int) -> int:
+    """LEFT (side 0) or RIGHT (1): of the columns of x that a strip needs, those at an end that may be padding."""
+    return min(max(0, g.padding[1][side]), columns + g.S - 1)
 
 
 def run_bytes(g: Conv2dGeometry, dtype: str, columns: Any) -> Any:
@@ -186,8 +209,9 @@ def _row_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> tuple[Any, Any]:
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> Any:
+    """A row of zeros and the rings."""
     x_bytes, y_bytes = _row_bytes(g, dtype, tile)
-    return tile.stages * tile.rows * (x_bytes + y_bytes)
+    return x_bytes + tile.stages * tile.rows * (x_bytes + y_bytes)
 
 
 def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:

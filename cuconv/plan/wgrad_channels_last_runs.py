@@ -24,11 +24,11 @@ from .base import (
     magic,
     those_of,
 )
-from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, WARP, even_strips, run_bytes
+from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, WARP, edge, even_strips, known_channels, last_strip_fits, run_bytes
 from .wgrad import WgradPlan, sum_bytes, with_reduce
 
 _COLUMNS = (12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
-_STAGES = (2, 3, 4)
+_STAGES = (2, 3, 4, 6)
 _MAX_REGISTERS = 200
 # Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
 _MAX_PRODUCTS = 2800
@@ -88,7 +88,11 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("FINAL", int(slabs * column_blocks == 1)),
             ("THREADS", threads),
             ("BLOCKS", tile.blocks),
+            ("CHANNELS", known_channels(g)),
             ("COLUMNS", tile.columns),
+            ("LEFT", edge(g, tile.columns, 0)),
+            ("RIGHT", edge(g, tile.columns, 1)),
+            ("REPEATED", -g.Q % tile.columns),
             ("TURNS", _turns(g)),
             ("STAGES", tile.stages),
         ),
@@ -130,6 +134,7 @@ def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[T
     threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bias, bare)
     fits = (
         (np.diff(strips, axis=1, prepend=0) > 0)
+        & last_strip_fits(g, columns, strips)
         & (threads <= MAX_CHANNELS + WARP)
         & (_registers(g, bare) <= np.minimum(_MAX_REGISTERS, 65536 // threads // 8 * 8))
         & ((g.R * g.S * columns * _turns(g) <= _MAX_PRODUCTS) | (columns == 1))
@@ -162,7 +167,8 @@ def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
 
 def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
     """Of a thread: rows of dy, a row of x, where their columns are, sums, and all else."""
-    return (g.R + 3) * tile.columns + 2 * (g.S - 1) + g.R * g.S + 22
+    addresses = 2 if known_channels(g) else 2 * tile.columns
+    return (g.R + 1) * tile.columns + addresses + 2 * (g.S - 1) + g.R * g.S + 22
 
 
 def _row_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> tuple[Any, Any]:
