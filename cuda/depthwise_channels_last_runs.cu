@@ -3,9 +3,9 @@
 // are the forward pass's.
 //
 // Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any element.
-// A block owns some columns of some rows of an image and marches down the rows. The first warp keeps the copy engine
-// busy: it has rows of x brought to a ring in shared memory, ahead of those who read them, and rows of y taken from
-// another. The threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read
+// A block owns some columns of a slab, of neighbouring rows of one image or several, and marches down the rows. The
+// first warp keeps the copy engine busy: it has rows of x brought to a ring in shared memory, ahead of those who read
+// them, and rows of y taken from another. The threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read
 // and write neighbouring elements, whatever the number of channels; they bring a row of their strip into registers,
 // where the weights are too, and meet it with all rows of outputs that need it.
 //
@@ -50,9 +50,10 @@ struct Parameters {
   int K;
   int H, W, P, Q;
   int top, left;              // padding
-  int block_rows;             // of outputs
   int strips;                 // of a block, side by side
   int x_bytes, y_bytes;       // of a row in shared memory, with zeros before one of x
+  int rows;                   // of y, of all images
+  int slab_rows;              // of those, a block's
   uint32 K_magic;             // see divide
   int64 total_x;              // elements of x
 };
@@ -69,26 +70,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   __shared__ uint64 ready[kStages];
   __shared__ uint64 done[kStages];
   __shared__ Turn turn_of[kStages * kRows];
+  __shared__ T* result_of[kStages * kRows];  // where a row of y is to go, if it is one of the block's
 
   const int K = kChannels > 0 ? kChannels : g.K;
   const int thread = static_cast<int>(threadIdx.x);
   // The same in all lanes, and known to be so: what hangs on it alone then needs no register of every lane.
   const int warp = __shfl_sync(0xffffffff, thread / kWarp, 0);
-  const int image = static_cast<int>(blockIdx.z);
-  const int p = static_cast<int>(blockIdx.y) * g.block_rows;
   const int q = static_cast<int>(blockIdx.x) * g.strips * kColumns;
-  const int rows = min(g.block_rows, g.P - p);
   const int columns = min(g.strips * kColumns, g.Q - q);
   const int lanes = (columns + kColumns - 1) / kColumns * K;
   const int warps = (lanes + kWarp - 1) / kWarp;
-
-  // The block's outputs need `inputs` rows of x from `first_row` on, and of their columns `low` to `high`.
-  const int inputs = rows + kR - 1;
-  const int steps = (inputs + kRows - 1) / kRows;
-  const int first_row = p - g.top;
+  // Columns of x that the block needs are `low` to `high`.
   const int first_column = q - g.left;
   const int low = min(max(first_column, 0), g.W);
   const int high = max(low, min(first_column + columns + kS - 1, g.W));
+
+  // Before the first row of y of an image is complete, a row of x comes for each kernel row but the last.
+  const int first_row = static_cast<int>(blockIdx.y) * g.slab_rows;
+  const int rows = min(g.slab_rows, g.rows - first_row);
+  const int first_image = first_row / g.P;
+  const int images = (first_row + rows - 1) / g.P - first_image + 1;
+  const int turns = rows + images * (kR - 1);
+  const int steps = (turns + kRows - 1) / kRows;
 
   // A row of zeros, and the rings.
   using Zeros = Vector<unsigned char, kBulkAlignment>;
@@ -104,28 +107,41 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
 
   if (warp == 0) {
-    // Of the turn's outputs, those that are not the block's have a place too.
-    const auto y_run = [&](int t, int place) {
-      T* const row = y + ((static_cast<int64>(image) * g.P + p + t - (kR - 1)) * g.Q + q) * K;
-      return Run<T>(row, columns * K, y_ring + place * g.y_bytes);
-    };
+    // The turn's image and, of its rows of y, the one whose first kernel row meets the row of x; those of the slab.
+    int image = first_image;
+    int p = first_row - first_image * g.P;
+    int begin = p;
+    int end = min(g.P, p + rows);
+    int rows_left = rows - (end - p);
     const auto bring = [&](int step) {
       const int stage = step % kStages;
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
-        const int t = step * kRows + i;
         const int place = stage * kRows + i;
-        const bool exists = t < inputs && within(first_row + t, g.H);
-        const T* const row = x + ((static_cast<int64>(image) * g.H + first_row + t) * g.W + low) * K;
-        T* const copy = exists ? run_in_shared(row, x_ring + place * g.x_bytes + kBulkAlignment)
-                               : reinterpret_cast<T*>(shared + kBulkAlignment);
-        if (thread == 0)
-          turn_of[place] = {static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared),
-                            static_cast<int>(reinterpret_cast<unsigned char*>(y_run(t, place).shared) - shared)};
-        if (exists) {
-          load_run(Run<const T>(row, (high - low) * K, copy, x, x + g.total_x), &ready[stage], thread);
+        const int h = p - g.top;
+        const int complete = p - (kR - 1);
+        const bool exists = step * kRows + i < turns;
+        const bool x_exists = exists && within(h, g.H);
+        const T* const x_row = x + ((static_cast<int64>(image) * g.H + h) * g.W + low) * K;
+        T* const y_row = y + ((static_cast<int64>(image) * g.P + complete) * g.Q + q) * K;
+        T* const x_copy = x_exists ? run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment)
+                                   : reinterpret_cast<T*>(shared + kBulkAlignment);
+        T* const y_copy = run_in_shared(y_row, y_ring + place * g.y_bytes);
+        if (thread == 0) {
+          turn_of[place] = {static_cast<int>(reinterpret_cast<unsigned char*>(x_copy) - shared),
+                            static_cast<int>(reinterpret_cast<unsigned char*>(y_copy) - shared)};
+          result_of[place] = exists && complete >= begin ? y_row : nullptr;
+        }
+        if (x_exists) {
+          load_run(Run<const T>(x_row, (high - low) * K, x_copy, x, x + g.total_x), &ready[stage], thread);
         } else {
           ptx::barrier_arrive(&ready[stage]);
+        }
+        if (++p == end + kR - 1) {
+          ++image;
+          p = begin = 0;
+          end = min(g.P, rows_left);
+          rows_left -= end;
         }
       }
     };
@@ -137,8 +153,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       ptx::barrier_wait(&done[stage], step / kStages % 2);
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
-        const int t = step * kRows + i;
-        if (t >= kR - 1 && t < inputs) store_run(y_run(t, stage * kRows + i), thread);
+        const int place = stage * kRows + i;
+        T* const y_row = result_of[place];
+        if (y_row != nullptr) {
+          store_run(Run<T>(y_row, columns * K, y_ring + place * g.y_bytes), thread);
+        } else if (thread == 0) {
+          ptx::bulk_store_commit();  // so that every step has as many groups
+        }
       }
       // What follows in the stage of the step before, whose outputs have been read by now.
       if (thread == 0) ptx::bulk_store_wait_read<kRows>();

@@ -25,19 +25,20 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def each_feature_once(rng, tiles, features_of):
+def each_feature_once(rng, g, tiles):
     """Of the tiles, in an order of no meaning, as many as it takes to see every feature."""
     seen = set()
     for i in rng.permutation(len(tiles)):
-        features = features_of(tiles[i])
+        features = features_of(g, tiles[i])
         if not features <= seen:
             seen |= features
             yield tiles[i]
 
 
-def strip_features(g, tile):
+def features_of(g, tile):
     strips = -(-g.Q // tile.columns)
     return {
+        ("slab", tile.slab_rows < g.P, tile.slab_rows % g.P > 0, g.N * g.P % tile.slab_rows > 0),
         ("columns", tile.columns),
         ("stages", tile.stages),
         ("strips", tile.strips > 1, tile.strips < strips, strips % tile.strips > 0, g.Q % tile.columns > 0),
@@ -48,12 +49,7 @@ def strip_features(g, tile):
 def test_every_kind_of_tile(device, rng, x_shape, w_shape, padding, dtype):
     g = nhwc_geometry(x_shape, w_shape, padding=padding)
     x, w, bias = oracle.random_arrays(rng, x_shape, w_shape, dtype)
-
-    def features_of(tile):
-        heights = {("rows", tile.rows), ("height", tile.block_rows < g.P, g.P % tile.block_rows > 0)}
-        return heights | strip_features(g, tile)
-
-    for tile in each_feature_once(rng, list(runs.tiles(g, dtype, device.target)), features_of):
+    for tile in each_feature_once(rng, g, list(runs.tiles(g, dtype, device.target))):
         y = device.launch(runs.tile_plan(g, dtype, tile), x, w, bias, g.y_shape, "nhwc")
         oracle.assert_within_bound(y, x, w, bias, padding=padding)
 
@@ -62,13 +58,7 @@ def test_every_kind_of_tile(device, rng, x_shape, w_shape, padding, dtype):
 def test_every_kind_of_tile_of_wgrad(device, rng, x_shape, w_shape, padding, dtype):
     g = nhwc_geometry(x_shape, w_shape, padding=padding)
     dy, x = gradients(rng, x_shape, w_shape, dtype, {"padding": padding})
-
-    def features_of(tile):
-        slabs = ("slab", tile.slab_rows < g.P, tile.slab_rows % g.P > 0, g.N * g.P % tile.slab_rows > 0)
-        return {slabs} | strip_features(g, tile)
-
-    tiles = list(wgrad_runs.tiles(g, dtype, True, device.target, True))
-    for tile in each_feature_once(rng, tiles, features_of):
+    for tile in each_feature_once(rng, g, list(wgrad_runs.tiles(g, dtype, True, device.target, True))):
         dw, dbias = launch(device, wgrad_runs.tile_plan(g, dtype, True, tile), dy, x, w_shape)
         oracle.assert_wgrad_within_bound(dw, dbias, dy, x, padding=padding)
 

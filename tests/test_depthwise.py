@@ -42,8 +42,10 @@ def test_every_variant_matches_float64(device, rng, g, dtype, layout, variant):
 def integer_cases():
     strided = depthwise_geometry((2, 3, 9, 10), (6, 1, 3, 2), stride=(1, 2), padding=((2, 0), (1, 1)))
     large = depthwise_geometry((2, 3, 9, 10), (6, 1, 7, 10), padding=((2, 5), (1, 4)))
+    dense = depthwise_geometry((2, 3, 9, 10), (3, 1, 3, 2), padding=((2, 0), (1, 1)))
+    others = {"tiles": large, "channels_last_runs": dense}
     for variant, dtype in product(VARIANTS, oracle.DTYPES):
-        g = replace(large if variant == "tiles" else strided, channels_last=variant.startswith("channels_last"))
+        g = replace(others.get(variant, strided), channels_last=variant.startswith("channels_last"))
         if suits(variant, "forward", g, dtype):
             yield pytest.param(g, dtype, variant, id=f"{dtype}-{variant}")
 

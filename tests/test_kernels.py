@@ -71,8 +71,9 @@ def budget_cases():
                 yield pytest.param(case, layout, None, architecture, id=f"{case}-{layout}-{architecture}")
                 # What the default takes of old devices and of what cannot be staged.
                 if layout == "nhwc" and architecture == MEASURED and case != "31x31" and case != "51x5":
-                    name = f"{case}-{layout}-channels_last-{architecture}"
-                    yield pytest.param(case, layout, "channels_last", architecture, id=name)
+                    for variant in ("channels_last", "channels_last_runs"):
+                        name = f"{case}-{layout}-{variant}-{architecture}"
+                        yield pytest.param(case, layout, variant, architecture, id=name)
 
 
 @pytest.mark.parametrize(("case", "layout", "variant", "architecture"), list(budget_cases()))

@@ -31,7 +31,8 @@ MAX_TAPS = 64
 _COLUMNS = (16, 12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
 _ROWS = (1, 2)
 _STAGES = (2, 3, 4, 6, 8)
-_PIECES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+# As many slabs as fill a device so often.
+_FILLS = (1, 2, 3, 4, 6)
 # Threads with outputs that a block is to have; of one strip there may be more.
 _THREADS = (64, 128, 192, 256, 384, 512, 768)
 WARP = 32
@@ -45,15 +46,15 @@ _MAX_PRODUCTS = 3000
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A block makes block_rows rows of `strips` strips of columns side by side. `rows` rows at a time are a stage of
-    its rings; a multiprocessor is to hold so many blocks."""
+    """A block makes slab_rows rows of `strips` strips of columns side by side. `rows` rows at a time are a stage of its
+    rings; a multiprocessor is to hold so many blocks."""
 
     columns: int
     strips: int
-    block_rows: int
     rows: int
     stages: int
     blocks: int
+    slab_rows: int
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
@@ -89,9 +90,10 @@ def _best(g: Conv2dGeometry, dtype: str, target: Target, turned: bool) -> Plan:
 def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
     """The plan of a tile; of the gradient, g is the forward convolution that it is."""
     x_bytes, y_bytes = (int(row_bytes) for row_bytes in _row_bytes(g, dtype, tile))
-    grid = (-(-g.Q // (tile.strips * tile.columns)), -(-g.P // tile.block_rows), g.N)
-    if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
-        raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
+    rows = g.N * g.P
+    grid = (-(-g.Q // (tile.strips * tile.columns)), -(-rows // tile.slab_rows), 1)
+    if rows > MAX_GRID[0]:
+        raise Unsuitable(f"{rows} rows are more than it can count")
     return Plan(
         source="depthwise_channels_last_runs",
         defines=(
@@ -119,10 +121,11 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("Q", g.Q),
             ("top", g.padding[0][0]),
             ("left", g.padding[1][0]),
-            ("block_rows", tile.block_rows),
             ("strips", tile.strips),
             ("x_bytes", x_bytes),
             ("y_bytes", y_bytes),
+            ("rows", rows),
+            ("slab_rows", tile.slab_rows),
             ("K_magic", magic(g.K)),
             ("total_x", g.x_size),
         ),
@@ -140,7 +143,7 @@ def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
     # Axes of what decides whether a tile fits; strips never get fewer, so that equal numbers are neighbours.
     columns, rows, stages = axis_of(columns_choices, 3), axis_of(_ROWS, 1), axis_of(_STAGES, 0)
     strips: Any = even_strips(g, columns, 1)
-    bare = Tile(columns, strips, 1, rows, stages, 1)
+    bare = Tile(columns, strips, rows, stages, 1, 1)
     threads, shared = _threads(g, bare), _shared_bytes(g, dtype, bare)
     fits = (
         (np.diff(strips, axis=1, prepend=0) > 0)
@@ -156,9 +159,9 @@ def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
     blocks = np.minimum(
         np.minimum(of_registers, 2048 // threads), target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
     )
-    block_rows = axis_of(sorted({-(-g.P // pieces) for pieces in _PIECES}), 0)
-    tile = replace(bare, block_rows=block_rows, blocks=np.maximum(1, blocks))
-    return tile, (blocks > 0) & (block_rows > 0)
+    tile = replace(bare, blocks=np.maximum(1, blocks))
+    slab_rows = slabs(g, target, tile, _FILLS)
+    return replace(tile, slab_rows=slab_rows), (blocks > 0) & (np.diff(slab_rows, axis=1, prepend=0) != 0)
 
 
 def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
@@ -177,6 +180,14 @@ def even_strips(g: Conv2dGeometry, columns: Any, axis: int) -> Any:
     column_items = -(-g.Q // columns)
     most = [np.clip(threads // g.K, 1, column_items) for threads in _THREADS]
     return np.concatenate([-(-column_items // -(-column_items // n)) for n in (*most, column_items)], axis=axis)
+
+
+def slabs(g: Conv2dGeometry, target: Target, tile: Any, fills: tuple[float, ...]) -> Any:
+    """Rows of a slab where so many fill the device so often, on one more axis."""
+    side_by_side = -(-g.Q // (tile.strips * tile.columns))
+    held = target.multiprocessors * tile.blocks
+    counts = (np.clip(np.floor(fill * held / side_by_side), 1, MAX_GRID[1]) for fill in fills)
+    return np.concatenate([np.ceil(g.N * g.P / count).astype(np.int64) for count in counts], axis=1)
 
 
 def last_strip_fits(g: Conv2dGeometry, columns: Any, strips: Any) -> Any:
@@ -218,14 +229,13 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:
     """What ranks tiles: issue slots an output, and what else takes time in the same unit."""
     size = DTYPES[dtype][1]
     threads = _threads(g, tile)
-    column_blocks = -(-g.Q // (tile.strips * tile.columns))
-    row_blocks = -(-g.P // tile.block_rows)
-    blocks = column_blocks * row_blocks * g.N
-    inputs = tile.block_rows + g.R - 1
-    slots = tile.columns * (g.R * g.S + 3.5) + 3 * (tile.columns + g.S - 1) + 15 + 30 / tile.rows
-    issue = (slots * inputs + 400) * threads * blocks / g.y_size
+    side_by_side = -(-g.Q // (tile.strips * tile.columns))
+    blocks = side_by_side * -(-g.N * g.P // tile.slab_rows)
+    turns = tile.slab_rows + (1 + tile.slab_rows / g.P) * (g.R - 1)
+    slots = tile.columns * (g.R * g.S + 3) + 2 * (tile.columns + g.S - 1) + 10 + 20 / tile.rows
+    issue = (slots * turns + 400) * threads * blocks / g.y_size
     busy = 1 - np.exp(-0.2 * tile.blocks * threads / WARP)
-    again = (inputs / tile.block_rows) * (1 + (g.S - 1) / (tile.strips * tile.columns) * 0.3)
+    again = (turns / tile.slab_rows) * (1 + (g.S - 1) / (tile.strips * tile.columns) * 0.3)
     memory = 6.5 * size * (1 + again)
     waves = blocks / (target.multiprocessors * tile.blocks)
     uneven = np.where(waves < 8, np.ceil(waves) / waves, 1)

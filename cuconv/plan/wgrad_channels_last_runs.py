@@ -24,7 +24,7 @@ from .base import (
     magic,
     those_of,
 )
-from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, WARP, edge, even_strips, known_channels, last_strip_fits, run_bytes
+from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, WARP, edge, even_strips, known_channels, last_strip_fits, run_bytes, slabs
 from .wgrad import WgradPlan, sum_bytes, with_reduce
 
 _COLUMNS = (12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
@@ -32,7 +32,7 @@ _STAGES = (2, 3, 4, 6)
 _MAX_REGISTERS = 200
 # Multiplications of the unrolled turns: beyond, the code outgrows the instruction cache and takes seconds to compile.
 _MAX_PRODUCTS = 2800
-# Of the blocks that a device holds at once, slabs are to fill so many.
+# As many slabs as fill a device so often.
 _FILLS = (0.5, 1.0, 2.0)
 
 
@@ -72,9 +72,9 @@ def channels_last_runs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target
 def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPlan:
     """The plan of one choice of tiles()."""
     rows = g.N * g.P
-    slabs, column_blocks = -(-rows // tile.slab_rows), -(-g.Q // (tile.strips * tile.columns))
-    grid = (column_blocks, slabs, 1)
-    if rows > MAX_GRID[0] or slabs > MAX_GRID[1]:
+    grid = (-(-g.Q // (tile.strips * tile.columns)), -(-rows // tile.slab_rows), 1)
+    partials = grid[0] * grid[1]
+    if rows > MAX_GRID[0]:
         raise Unsuitable(f"{rows} rows are more than it can count")
     x_bytes, dy_bytes = (int(row_bytes) for row_bytes in _row_bytes(g, dtype, tile))
     threads = int(_threads(g, tile))
@@ -85,7 +85,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("R", g.R),
             ("S", g.S),
             ("BIAS", int(bias)),
-            ("FINAL", int(slabs * column_blocks == 1)),
+            ("FINAL", int(partials == 1)),
             ("THREADS", threads),
             ("BLOCKS", tile.blocks),
             ("CHANNELS", known_channels(g)),
@@ -117,8 +117,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("total_dy", g.y_size),
         ),
     )
-    slabs *= column_blocks
-    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if partials == 1 else with_reduce(sums, partials, g, dtype, bias)
 
 
 def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[Tile]:
@@ -146,14 +145,9 @@ def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[T
     blocks = np.minimum(
         np.minimum(of_registers, 2048 // threads), target.shared_per_multiprocessor // (shared + SHARED_RESERVE)
     )
-    rows = g.N * g.P
-    side_by_side = -(-g.Q // (bare.strips * bare.columns))
-    slabs = [np.maximum(1, fill * target.multiprocessors * blocks // side_by_side) for fill in _FILLS]
-    slab_rows: Any = np.concatenate(
-        [np.ceil(rows / np.minimum(count, MAX_GRID[1])).astype(np.int64) for count in slabs], axis=1
-    )
-    fits = (blocks > 0) & (np.diff(slab_rows, axis=1, prepend=rows + 1) < 0)
-    return replace(bare, blocks=np.maximum(1, blocks), slab_rows=slab_rows), fits
+    tile = replace(bare, blocks=np.maximum(1, blocks))
+    slab_rows = slabs(g, target, tile, _FILLS)
+    return replace(tile, slab_rows=slab_rows), (blocks > 0) & (np.diff(slab_rows, axis=1, prepend=0) != 0)
 
 
 def _turns(g: Conv2dGeometry) -> int:
