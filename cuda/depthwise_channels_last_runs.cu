@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   unsigned char* const x_ring = shared + g.x_bytes;
   unsigned char* const y_ring = x_ring + kStages * kRows * g.x_bytes;
   if (thread < kStages) {
-    ptx::barrier_init(&ready[thread], kWarp * kRows);
+    ptx::barrier_init(&ready[thread], kRows);
     ptx::barrier_init(&done[thread], warps);
   }
   for (int byte = thread * kBulkAlignment; byte < g.x_bytes; byte += kThreads * kBulkAlignment)
@@ -107,64 +107,80 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
 
   if (warp == 0) {
-    // The turn's image and, of its rows of y, the one whose first kernel row meets the row of x; those of the slab.
+    // The turn's image and, of its rows of y, the one whose first kernel row meets the row of x, and the one that is then
+    // complete; those of the slab.
     int image = first_image;
     int p = first_row - first_image * g.P;
     int begin = p;
     int end = min(g.P, p + rows);
     int rows_left = rows - (end - p);
-    const auto bring = [&](int step) {
-      const int stage = step % kStages;
+    const T* x_row;
+    T* y_row;
+    const auto find_rows = [&] {
+      x_row = x + ((static_cast<int64>(image) * g.H + p - g.top) * g.W + low) * K;
+      y_row = y + ((static_cast<int64>(image) * g.P + p - (kR - 1)) * g.Q + q) * K;
+    };
+    find_rows();
+    // By one lane.
+    const auto bring = [&](int step, int stage) {
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
         const int place = stage * kRows + i;
-        const int h = p - g.top;
-        const int complete = p - (kR - 1);
         const bool exists = step * kRows + i < turns;
-        const bool x_exists = exists && within(h, g.H);
-        const T* const x_row = x + ((static_cast<int64>(image) * g.H + h) * g.W + low) * K;
-        T* const y_row = y + ((static_cast<int64>(image) * g.P + complete) * g.Q + q) * K;
-        T* const x_copy = x_exists ? run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment)
-                                   : reinterpret_cast<T*>(shared + kBulkAlignment);
+        const bool x_exists = exists && within(p - g.top, g.H);
+        T* const x_copy = run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment);
         T* const y_copy = run_in_shared(y_row, y_ring + place * g.y_bytes);
-        if (thread == 0) {
-          turn_of[place] = {static_cast<int>(reinterpret_cast<unsigned char*>(x_copy) - shared),
-                            static_cast<int>(reinterpret_cast<unsigned char*>(y_copy) - shared)};
-          result_of[place] = exists && complete >= begin ? y_row : nullptr;
-        }
+        turn_of[place] = {x_exists ? static_cast<int>(reinterpret_cast<unsigned char*>(x_copy) - shared) : kBulkAlignment,
+                          static_cast<int>(reinterpret_cast<unsigned char*>(y_copy) - shared)};
+        result_of[place] = exists && p - (kR - 1) >= begin ? y_row : nullptr;
         if (x_exists) {
-          load_run(Run<const T>(x_row, (high - low) * K, x_copy, x, x + g.total_x), &ready[stage], thread);
+          load_run_alone(Run<const T>(x_row, (high - low) * K, x_copy, x, x + g.total_x), &ready[stage]);
         } else {
           ptx::barrier_arrive(&ready[stage]);
         }
+        x_row += static_cast<int64>(g.W) * K;
+        y_row += static_cast<int64>(g.Q) * K;
         if (++p == end + kR - 1) {
           ++image;
           p = begin = 0;
           end = min(g.P, rows_left);
           rows_left -= end;
+          find_rows();
         }
       }
     };
+    if (thread == 0) {
 #pragma unroll 1
-    for (int step = 0; step < min(kStages, steps); ++step) bring(step);
+      for (int step = 0; step < min(kStages, steps); ++step) bring(step, step);
+    }
+    __syncwarp();
+    int stage = 0;
+    int stage_before = 0;
+    uint32 parity = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const int stage = step % kStages;
-      ptx::barrier_wait(&done[stage], step / kStages % 2);
+      ptx::barrier_wait(&done[stage], parity);
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
         const int place = stage * kRows + i;
-        T* const y_row = result_of[place];
-        if (y_row != nullptr) {
-          store_run(Run<T>(y_row, columns * K, y_ring + place * g.y_bytes), thread);
+        T* const row = result_of[place];
+        if (row != nullptr) {
+          store_run(Run<T>(row, columns * K, y_ring + place * g.y_bytes), thread);
         } else if (thread == 0) {
           ptx::bulk_store_commit();  // so that every step has as many groups
         }
       }
-      // What follows in the stage of the step before, whose outputs have been read by now.
-      if (thread == 0) ptx::bulk_store_wait_read<kRows>();
+      if (thread == 0) {
+        // What follows in the stage of the step before, whose outputs have been read by now.
+        ptx::bulk_store_wait_read<kRows>();
+        if (step > 0 && step - 1 + kStages < steps) bring(step - 1 + kStages, stage_before);
+      }
       __syncwarp();
-      if (step > 0 && step - 1 + kStages < steps) bring(step - 1 + kStages);
+      stage_before = stage;
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
     }
     if (thread == 0) ptx::bulk_store_wait_read<0>();
     return;

@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   unsigned char* const dy_ring = x_ring + kStages * kTurns * g.x_bytes;
   using Zeros = Vector<unsigned char, kBulkAlignment>;
   if (thread < kStages) {
-    ptx::barrier_init(&ready[thread], 2 * kWarp * kTurns);
+    ptx::barrier_init(&ready[thread], 2 * kTurns);
     ptx::barrier_init(&done[thread], warps);
   }
   for (int byte = thread * kBulkAlignment; byte < zeros; byte += kThreads * kBulkAlignment)
@@ -125,58 +125,65 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int own_column = min(strip * kColumns, columns - kColumns);
   const int first_own = strip * kColumns - own_column;
 
-  if (warp == 0) {
+  if (thread == 0) {
+    // The turn's image and row of dy; behind the image's last row of the slab; the rows that the slab has behind that.
     int image = first_image;
     int p = first_row - first_image * g.P;
-    // Behind the image's last row of the slab, and the rows that the slab has behind that.
     int end = min(g.P, p + rows);
     int rows_left = rows - (end - p);
-    const auto bring = [&](int step) {
-      const int stage = step % kStages;
+    const T* x_row;
+    const T* dy_row;
+    const auto find_rows = [&] {
+      x_row = x + ((static_cast<int64>(image) * g.H + p - g.top) * g.W + low) * K;
+      dy_row = dy + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * K;
+    };
+    find_rows();
+    const auto bring = [&](int step, int stage) {
       uint64* const barrier = &ready[stage];
 #pragma unroll 1
       for (int i = 0; i < kTurns; ++i) {
         const int place = stage * kTurns + i;
-        const int h = p - g.top;
         const bool exists = step * kTurns + i < turns;
-        const bool x_exists = exists && within(h, g.H);
-        const bool dy_exists = exists && p < end;
-        const T* const x_row = x + ((static_cast<int64>(image) * g.H + h) * g.W + low) * K;
-        const T* const dy_row = dy + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * K;
-        T* const zero_row = reinterpret_cast<T*>(shared + kBulkAlignment);
-        T* const x_copy =
-            x_exists ? run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment) : zero_row;
-        T* const dy_copy =
-            dy_exists ? run_in_shared(dy_row, dy_ring + place * g.dy_bytes + kBulkAlignment) : zero_row;
-        if (thread == 0)
-          turn_of[place] = {static_cast<int>(reinterpret_cast<unsigned char*>(x_copy) - shared),
-                            static_cast<int>(reinterpret_cast<unsigned char*>(dy_copy) - shared)};
-        if (x_exists) {
-          load_run(Run<const T>(x_row, (high - low) * K, x_copy, x, x + g.total_x), barrier, thread);
+        Turn turn = {kBulkAlignment, kBulkAlignment};
+        if (exists && within(p - g.top, g.H)) {
+          T* const copy = run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment);
+          turn.x = static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared);
+          load_run_alone(Run<const T>(x_row, (high - low) * K, copy, x, x + g.total_x), barrier);
         } else {
           ptx::barrier_arrive(barrier);
         }
-        if (dy_exists) {
-          load_run(Run<const T>(dy_row, columns * K, dy_copy, dy, dy + g.total_dy), barrier, thread);
+        if (exists && p < end) {
+          T* const copy = run_in_shared(dy_row, dy_ring + place * g.dy_bytes + kBulkAlignment);
+          turn.dy = static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared);
+          turn_of[place] = turn;
+          load_run_alone(Run<const T>(dy_row, columns * K, copy, dy, dy + g.total_dy), barrier);
         } else {
+          turn_of[place] = turn;
           ptx::barrier_arrive(barrier);
         }
+        x_row += static_cast<int64>(g.W) * K;
+        dy_row += static_cast<int64>(g.Q) * K;
         if (++p == end + kR - 1) {
           ++image;
           p = 0;
           end = min(g.P, rows_left);
           rows_left -= end;
+          find_rows();
         }
       }
     };
+    int stage = 0;
+    uint32 parity = 1;
 #pragma unroll 1
-    for (int step = 0; step < min(kStages, steps); ++step) bring(step);
-#pragma unroll 1
-    for (int step = kStages; step < steps; ++step) {
-      ptx::barrier_wait(&done[step % kStages], (step / kStages - 1) % 2);
-      bring(step);
+    for (int step = 0; step < steps; ++step) {
+      if (step >= kStages) ptx::barrier_wait(&done[stage], parity);
+      bring(step, stage);
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
     }
-  } else if (warp <= warps) {
+  } else if (warp > 0 && warp <= warps) {
     // In bytes from where a row of x or dy begins; of columns that may be zeros one by one.
     constexpr int kSize = static_cast<int>(sizeof(T));
     const int pitch = K * kSize;

@@ -86,6 +86,16 @@ __device__ __forceinline__ void load_run(const Run<T>& run, uint64* barrier, int
   }
 }
 
+// The same by one thread alone; the barrier is made for one arrival a run.
+template <class T>
+__device__ __forceinline__ void load_run_alone(const Run<T>& run, uint64* barrier) {
+  for (int i = 0; i < run.first; ++i) run.shared[i] = run.global[i];
+  for (int i = run.first + run.middle; i < run.count; ++i) run.shared[i] = run.global[i];
+  const uint32 bytes = run.middle * static_cast<uint32>(sizeof(T));
+  ptx::barrier_arrive_expect(barrier, bytes);
+  if (bytes > 0) ptx::bulk_load(run.shared + run.first, run.global + run.first, bytes, barrier);
+}
+
 // Starts taking a run back; called by all lanes of one warp, after every thread that wrote to it has passed
 // ptx::fence_shared_for_bulk and then a block barrier. Lane 0 must wait by ptx::bulk_store_wait_read before the shared
 // copy is overwritten or the block ends.
