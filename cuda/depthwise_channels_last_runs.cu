@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                           static_cast<int>(reinterpret_cast<unsigned char*>(y_copy) - shared)};
         result_of[place] = exists && p - (kR - 1) >= begin ? y_row : nullptr;
         if (x_exists) {
-          load_run_alone(Run<const T>(x_row, (high - low) * K, x_copy, x, x + g.total_x), &ready[stage]);
+          load_run_alone(x_row, (high - low) * K, x_copy, x, x + g.total_x, &ready[stage]);
         } else {
           ptx::barrier_arrive(&ready[stage]);
         }
@@ -149,38 +149,35 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         }
       }
     };
-    if (thread == 0) {
-#pragma unroll 1
-      for (int step = 0; step < min(kStages, steps); ++step) bring(step, step);
-    }
-    __syncwarp();
     int stage = 0;
-    int stage_before = 0;
+    int free_stage = 0;
     uint32 parity = 0;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      ptx::barrier_wait(&done[stage], parity);
+    for (int step = 1 - kStages; step < steps; ++step) {
+      if (step >= 0) {
+        ptx::barrier_wait(&done[stage], parity);
 #pragma unroll 1
-      for (int i = 0; i < kRows; ++i) {
-        const int place = stage * kRows + i;
-        T* const row = result_of[place];
-        if (row != nullptr) {
-          store_run(Run<T>(row, columns * K, y_ring + place * g.y_bytes), thread);
-        } else if (thread == 0) {
-          ptx::bulk_store_commit();  // so that every step has as many groups
+        for (int i = 0; i < kRows; ++i) {
+          const int place = stage * kRows + i;
+          T* const row = result_of[place];
+          if (row != nullptr) {
+            store_run(Run<T>(row, columns * K, y_ring + place * g.y_bytes), thread);
+          } else if (thread == 0) {
+            ptx::bulk_store_commit();  // so that every step has as many groups
+          }
+        }
+        if (++stage == kStages) {
+          stage = 0;
+          parity ^= 1;
         }
       }
       if (thread == 0) {
-        // What follows in the stage of the step before, whose outputs have been read by now.
+        // Into the stage of the step before, whose outputs have been read by now.
         ptx::bulk_store_wait_read<kRows>();
-        if (step > 0 && step - 1 + kStages < steps) bring(step - 1 + kStages, stage_before);
+        if (step - 1 + kStages < steps) bring(step - 1 + kStages, free_stage);
       }
       __syncwarp();
-      stage_before = stage;
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      if (++free_stage == kStages) free_stage = 0;
     }
     if (thread == 0) ptx::bulk_store_wait_read<0>();
     return;

@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         if (exists && within(p - g.top, g.H)) {
           T* const copy = run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment);
           turn.x = static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared);
-          load_run_alone(Run<const T>(x_row, (high - low) * K, copy, x, x + g.total_x), barrier);
+          load_run_alone(x_row, (high - low) * K, copy, x, x + g.total_x, barrier);
         } else {
           ptx::barrier_arrive(barrier);
         }
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           T* const copy = run_in_shared(dy_row, dy_ring + place * g.dy_bytes + kBulkAlignment);
           turn.dy = static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared);
           turn_of[place] = turn;
-          load_run_alone(Run<const T>(dy_row, columns * K, copy, dy, dy + g.total_dy), barrier);
+          load_run_alone(dy_row, columns * K, copy, dy, dy + g.total_dy, barrier);
         } else {
           turn_of[place] = turn;
           ptx::barrier_arrive(barrier);
