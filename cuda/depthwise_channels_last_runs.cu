@@ -4,16 +4,17 @@
 //
 // Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any element.
 // A block owns some columns of a slab, of neighbouring rows of one image or several, and marches down the rows. The
-// first warp keeps the copy engine busy: it has rows of x brought to a ring in shared memory, ahead of those who read
-// them, and rows of y taken from another. The threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read
+// first two warps keep the copy engine busy: one has rows of x brought to a ring in shared memory, ahead of those who
+// read them, and one has rows of y taken from another. The threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read
 // and write neighbouring elements, whatever the number of channels; they bring a row of their strip into registers,
 // where the weights are too, and meet it with all rows of outputs that need it.
 //
 // A stage of the rings is a few rows of x and the rows of y for which these are the last ones; a barrier says that the
-// former are there and that the latter may be overwritten, and another that the strips are done with both. Where the rows
+// former are there and that the latter may be overwritten, another that the strips are done with both, and a third that
+// the latter have been taken. Where the rows
 // are is told by a word: one of x may be a row of zeros, in place of one in the padding. Zeros for columns in the padding
-// lie before every row. So strips ask for nothing; they make rows of y that are not the block's, too, and the first warp
-// leaves them in the ring. The last strip of a block is as wide as the others, and makes some columns once more.
+// lie before every row. So strips ask for nothing; they make rows of y that are not the block's, too, and they
+// stay in the ring. The last strip of a block is as wide as the others, and makes some columns once more.
 //
 // Sums are in the order in which they need the row. Each moves on by one place a row, which its first multiplication
 // does without a move, so that few rows are all the code.
@@ -40,6 +41,7 @@ constexpr int kRight = CUCONV_RIGHT;
 constexpr int kRows = CUCONV_ROWS;
 constexpr int kStages = CUCONV_STAGES;
 
+constexpr int kService = 2 * kWarp;  // threads that compute nothing
 constexpr int kTaps = kR * kS;
 // Columns of x that a strip needs.
 constexpr int kSpan = kColumns + kS - 1;
@@ -69,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   CUCONV_DYNAMIC_SHARED(shared);
   __shared__ uint64 ready[kStages];
   __shared__ uint64 done[kStages];
+  __shared__ uint64 taken[kStages];
   __shared__ Turn turn_of[kStages * kRows];
   __shared__ T* result_of[kStages * kRows];  // where a row of y is to go, if it is one of the block's
 
@@ -100,13 +103,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   if (thread < kStages) {
     ptx::barrier_init(&ready[thread], kRows);
     ptx::barrier_init(&done[thread], warps);
+    ptx::barrier_init(&taken[thread], 1);
   }
   for (int byte = thread * kBulkAlignment; byte < g.x_bytes; byte += kThreads * kBulkAlignment)
     *reinterpret_cast<Zeros*>(shared + byte) = {};
   for (int i = thread; i < kStages * kRows; i += kThreads) *reinterpret_cast<Zeros*>(x_ring + i * g.x_bytes) = {};
   __syncthreads();
 
+  int stage = 0;
+  uint32 parity = 0;
+  const auto next_stage = [&] {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+
   if (warp == 0) {
+    if (thread > 0) return;
     // The turn's image and, of its rows of y, the one whose first kernel row meets the row of x, and the one that is then
     // complete; those of the slab.
     int image = first_image;
@@ -121,8 +135,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       y_row = y + ((static_cast<int64>(image) * g.P + p - (kR - 1)) * g.Q + q) * K;
     };
     find_rows();
-    // By one lane.
-    const auto bring = [&](int step, int stage) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, next_stage()) {
+      if (step >= kStages) ptx::barrier_wait(&taken[stage], parity ^ 1);
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
         const int place = stage * kRows + i;
@@ -148,45 +163,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           find_rows();
         }
       }
-    };
-    int stage = 0;
-    int free_stage = 0;
-    uint32 parity = 0;
-#pragma unroll 1
-    for (int step = 1 - kStages; step < steps; ++step) {
-      if (step >= 0) {
-        ptx::barrier_wait(&done[stage], parity);
-#pragma unroll 1
-        for (int i = 0; i < kRows; ++i) {
-          const int place = stage * kRows + i;
-          T* const row = result_of[place];
-          if (row != nullptr) {
-            store_run(Run<T>(row, columns * K, y_ring + place * g.y_bytes), thread);
-          } else if (thread == 0) {
-            ptx::bulk_store_commit();  // so that every step has as many groups
-          }
-        }
-        if (++stage == kStages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-      if (thread == 0) {
-        // Into the stage of the step before, whose outputs have been read by now.
-        ptx::bulk_store_wait_read<kRows>();
-        if (step - 1 + kStages < steps) bring(step - 1 + kStages, free_stage);
-      }
-      __syncwarp();
-      if (++free_stage == kStages) free_stage = 0;
     }
-    if (thread == 0) ptx::bulk_store_wait_read<0>();
     return;
   }
 
-  if (warp > warps) return;
+  if (warp == 1) {
+    int stage_before = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, next_stage()) {
+      ptx::barrier_wait(&done[stage], parity);
+#pragma unroll 1
+      for (int i = 0; i < kRows; ++i) {
+        const int place = stage * kRows + i;
+        T* const row = result_of[place];
+        if (row != nullptr) {
+          store_run(Run<T>(row, columns * K, y_ring + place * g.y_bytes), thread - kWarp);
+        } else if (thread == kWarp) {
+          ptx::bulk_store_commit();  // so that every step has as many groups
+        }
+      }
+      // The rows of the step before have been read by now.
+      if (thread == kWarp) ptx::bulk_store_wait_read<kRows>();
+      __syncwarp();
+      if (thread == kWarp && step > 0) ptx::barrier_arrive(&taken[stage_before]);
+      stage_before = stage;
+    }
+    if (thread == kWarp) ptx::bulk_store_wait_read<0>();
+    return;
+  }
+
+  if (warp > warps + 1) return;
   // Lanes without any outputs do as the last one that has some.
-  const int item = min(thread - kWarp, lanes - 1);
-  const bool stores = thread - kWarp < lanes;
+  const int item = min(thread - kService, lanes - 1);
+  const bool stores = thread - kService < lanes;
   const int strip = divide(item, g.K_magic);
   const int k = item - strip * K;
   const int own_column = min(strip * kColumns, columns - kColumns);
@@ -213,10 +222,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int v = 0; v < kColumns; ++v) sum[place][v] = start;
 
-  int stage = 0;
-  uint32 parity = 0;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step, next_stage()) {
     ptx::barrier_wait(&ready[stage], parity);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -246,9 +253,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::fence_shared_for_bulk();
     __syncwarp();
     if (thread % kWarp == 0) ptx::barrier_arrive(&done[stage]);
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
   }
 }

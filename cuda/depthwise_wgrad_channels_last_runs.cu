@@ -3,7 +3,7 @@
 //
 // Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any element.
 // A block owns some columns of a slab, of neighbouring rows of dy of one image or several, and marches down the rows. The
-// first warp has the copy engine bring rows of x and dy to a ring in shared memory, ahead of those who read them. The
+// first two warps have the copy engine bring rows of x and of dy to a ring in shared memory, ahead of those who read them. The
 // threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read neighbouring
 // elements, whatever the number of channels; each keeps its R x S sums in registers through the whole slab.
 //
@@ -44,6 +44,7 @@ constexpr int kRepeated = CUCONV_REPEATED;
 constexpr int kTurns = CUCONV_TURNS;
 constexpr int kStages = CUCONV_STAGES;
 
+constexpr int kService = 2 * kWarp;  // threads that compute nothing
 constexpr int kTaps = kR * kS;
 // What a channel has of partial sums: its weights' and its bias's.
 constexpr int kEntries = kTaps + kBias;
@@ -118,72 +119,63 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   Sum sum[kR][kS] = {};
   Sum bias_sum = 0;
   // Lanes without any columns do as the last one that has some.
-  const int item = min(max(0, thread - kWarp), lanes - 1);
+  const int item = min(max(0, thread - kService), lanes - 1);
   const int strip = divide(item, g.K_magic);
   const int k = item - strip * K;
   // The strip's first column of dy, counted from the block's, and of its own columns.
   const int own_column = min(strip * kColumns, columns - kColumns);
   const int first_own = strip * kColumns - own_column;
 
-  if (thread == 0) {
+  int stage = 0;
+  uint32 parity = 0;
+  const auto next_stage = [&] {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+  if (warp < 2) {
     // The turn's image and row of dy; behind the image's last row of the slab; the rows that the slab has behind that.
     int image = first_image;
     int p = first_row - first_image * g.P;
     int end = min(g.P, p + rows);
     int rows_left = rows - (end - p);
-    const T* x_row;
-    const T* dy_row;
-    const auto find_rows = [&] {
-      x_row = x + ((static_cast<int64>(image) * g.H + p - g.top) * g.W + low) * K;
-      dy_row = dy + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * K;
+    const bool of_x = warp == 0;
+    const T* const array = of_x ? x : dy;
+    const T* const array_end = array + (of_x ? g.total_x : g.total_dy);
+    const int count = (of_x ? high - low : columns) * K;
+    const int64 pitch = static_cast<int64>(of_x ? g.W : g.Q) * K;
+    const auto find_row = [&] {
+      return of_x ? x + ((static_cast<int64>(image) * g.H + p - g.top) * g.W + low) * K
+                  : dy + ((static_cast<int64>(image) * g.P + p) * g.Q + q) * K;
     };
-    find_rows();
-    const auto bring = [&](int step, int stage) {
-      uint64* const barrier = &ready[stage];
+    const T* from = find_row();
+#pragma unroll 1
+    for (int step = 0; thread % kWarp == 0 && step < steps; ++step, next_stage()) {
+      if (step >= kStages) ptx::barrier_wait(&done[stage], parity ^ 1);
 #pragma unroll 1
       for (int i = 0; i < kTurns; ++i) {
         const int place = stage * kTurns + i;
-        const bool exists = step * kTurns + i < turns;
-        Turn turn = {kBulkAlignment, kBulkAlignment};
-        if (exists && within(p - g.top, g.H)) {
-          T* const copy = run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment);
-          turn.x = static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared);
-          load_run_alone(x_row, (high - low) * K, copy, x, x + g.total_x, barrier);
+        const bool exists = step * kTurns + i < turns && (of_x ? within(p - g.top, g.H) : p < end);
+        T* const copy = run_in_shared(from, (of_x ? x_ring + place * g.x_bytes : dy_ring + place * g.dy_bytes) + kBulkAlignment);
+        const int offset = exists ? static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared) : kBulkAlignment;
+        (of_x ? turn_of[place].x : turn_of[place].dy) = offset;
+        if (exists) {
+          load_run_alone(from, count, copy, array, array_end, &ready[stage]);
         } else {
-          ptx::barrier_arrive(barrier);
+          ptx::barrier_arrive(&ready[stage]);
         }
-        if (exists && p < end) {
-          T* const copy = run_in_shared(dy_row, dy_ring + place * g.dy_bytes + kBulkAlignment);
-          turn.dy = static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared);
-          turn_of[place] = turn;
-          load_run_alone(dy_row, columns * K, copy, dy, dy + g.total_dy, barrier);
-        } else {
-          turn_of[place] = turn;
-          ptx::barrier_arrive(barrier);
-        }
-        x_row += static_cast<int64>(g.W) * K;
-        dy_row += static_cast<int64>(g.Q) * K;
+        from += pitch;
         if (++p == end + kR - 1) {
           ++image;
           p = 0;
           end = min(g.P, rows_left);
           rows_left -= end;
-          find_rows();
+          from = find_row();
         }
       }
-    };
-    int stage = 0;
-    uint32 parity = 1;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      if (step >= kStages) ptx::barrier_wait(&done[stage], parity);
-      bring(step, stage);
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
     }
-  } else if (warp > 0 && warp <= warps) {
+  } else if (warp <= warps + 1) {
     // In bytes from where a row of x or dy begins; of columns that may be zeros one by one.
     constexpr int kSize = static_cast<int>(sizeof(T));
     const int pitch = K * kSize;
@@ -198,10 +190,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       dy_edge[v] = ptx::as_it_is(v >= first_own ? dy_offset + v * pitch : -kBulkAlignment);
 
     Sum gradient[kR][kColumns] = {};
-    int stage = 0;
-    uint32 parity = 0;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step, next_stage()) {
       ptx::barrier_wait(&ready[stage], parity);
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
@@ -230,17 +220,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       __syncwarp();
       if (thread % kWarp == 0) ptx::barrier_arrive(&done[stage]);
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
     }
   }
   __syncthreads();
 
   // sums (entries, strips, channels) of the block.
   Sum* const sums = reinterpret_cast<Sum*>(shared);
-  if (thread >= kWarp && thread - kWarp < lanes) {
+  if (thread >= kService && thread - kService < lanes) {
     Sum seen = 0;  // NaN if a sum is not finite
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {

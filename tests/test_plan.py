@@ -350,7 +350,7 @@ def check_channels_last_runs(g, chosen, dtype, dgrad):
     assert g.Q - (chosen.grid[0] - 1) * columns >= defines["COLUMNS"]
     assert (chosen.grid[1] - 1) * values["slab_rows"] < g.N * g.P <= chosen.grid[1] * values["slab_rows"]
     assert values["rows"] == g.N * g.P
-    assert values["strips"] * g.K <= chosen.block - 32
+    assert values["strips"] * g.K <= chosen.block - 64
     assert defines["CHANNELS"] in (0, g.K)
     # Of a row that starts 15 bytes behind a boundary all that lies between boundaries, behind 16 bytes of zeros.
     x_columns = min(g.W, columns + g.S - 1)
@@ -570,7 +570,7 @@ def test_the_number_of_variants_by_runs_is_bounded():
                 seen.setdefault(name, set()).add(value)
     assert seen.pop("COLUMNS") <= set(channels_last_runs._COLUMNS)
     assert seen.pop("CHANNELS") <= set(range(channels_last_runs._MOST_KNOWN_CHANNELS + 1))
-    assert seen.pop("THREADS") <= set(range(64, 1025, 32))
+    assert seen.pop("THREADS") <= set(range(96, 1025, 32))
     assert seen.pop("BLOCKS") <= set(range(1, 33))
     assert seen.pop("STAGES") <= set(channels_last_runs._STAGES)
     assert max(seen.pop("LEFT") | seen.pop("RIGHT")) <= 9

@@ -38,8 +38,9 @@ _THREADS = (64, 128, 192, 256, 384, 512, 768)
 WARP = 32
 # A kernel for each of these.
 _MOST_KNOWN_CHANNELS = 256
-# One warp more brings and takes rows.
-MAX_CHANNELS = 1024 - WARP
+# Of a block, those that bring and take rows.
+SERVICE = 2 * WARP
+MAX_CHANNELS = 1024 - SERVICE
 _MAX_REGISTERS = 200
 _MAX_PRODUCTS = 3000
 
@@ -148,7 +149,7 @@ def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
     fits = (
         (np.diff(strips, axis=1, prepend=0) > 0)
         & last_strip_fits(g, columns, strips)
-        & (threads <= MAX_CHANNELS + WARP)
+        & (threads <= MAX_CHANNELS + SERVICE)
         & (_registers(g, bare) <= np.minimum(_MAX_REGISTERS, 65536 // threads // 8 * 8))
         & (g.R * g.R * g.S * columns * rows <= _MAX_PRODUCTS)
         & (shared <= target.shared_per_block - SHARED_RESERVE)
@@ -165,7 +166,7 @@ def _table(g: Conv2dGeometry, dtype: str, target: Target) -> tuple[Tile, Any]:
 
 
 def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
-    return WARP + -(-tile.strips * g.K // WARP) * WARP
+    return SERVICE + -(-tile.strips * g.K // WARP) * WARP
 
 
 def _registers(g: Conv2dGeometry, tile: Tile) -> Any:

@@ -24,7 +24,7 @@ from .base import (
     magic,
     those_of,
 )
-from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, WARP, edge, even_strips, known_channels, last_strip_fits, run_bytes, slabs
+from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, SERVICE, WARP, edge, even_strips, known_channels, last_strip_fits, run_bytes, slabs
 from .wgrad import WgradPlan, sum_bytes, with_reduce
 
 _COLUMNS = (12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
@@ -134,7 +134,7 @@ def _table(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> tuple[T
     fits = (
         (np.diff(strips, axis=1, prepend=0) > 0)
         & last_strip_fits(g, columns, strips)
-        & (threads <= MAX_CHANNELS + WARP)
+        & (threads <= MAX_CHANNELS + SERVICE)
         & (_registers(g, bare) <= np.minimum(_MAX_REGISTERS, 65536 // threads // 8 * 8))
         & ((g.R * g.S * columns * _turns(g) <= _MAX_PRODUCTS) | (columns == 1))
         & (shared <= target.shared_per_block - SHARED_RESERVE)
@@ -156,7 +156,7 @@ def _turns(g: Conv2dGeometry) -> int:
 
 
 def _threads(g: Conv2dGeometry, tile: Tile) -> Any:
-    return WARP + -(-tile.strips * g.K // WARP) * WARP
+    return SERVICE + -(-tile.strips * g.K // WARP) * WARP
 
 
 def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
