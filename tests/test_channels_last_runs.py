@@ -10,8 +10,8 @@ from test_wgrad_channels_last import gradients, launch, nhwc_geometry
 from cuconv.plan import channels_last_runs as runs
 from cuconv.plan import wgrad_channels_last_runs as wgrad_runs
 
-# Blocks of all columns and of some, the last of them with fewer strips; channels that are known at compile time and that
-# are not; columns in the padding of one strip and of several, and none.
+# Blocks of all columns and of some, the last of them with fewer strips; channels that are known at compile time and
+# that are not; columns in the padding of one strip and of several, and none.
 KINDS = pytest.mark.parametrize(
     ("x_shape", "w_shape", "padding", "dtype"),
     [

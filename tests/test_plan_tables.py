@@ -28,6 +28,7 @@ from cuconv.plan import wgrad_channels_last_staged as staged
 from cuconv.plan.base import SHARED_RESERVE
 
 H200 = plan.TARGETS[90]
+VARIANTS = ("runs", "channels_last", "channels_last_staged", "channels_last_runs", "toeplitz", "tiles")
 
 
 def large_geometries():
@@ -74,7 +75,9 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
     return tiles.tile_plan(g, dtype, min(of_large, key=lambda tile: float(tiles.cost(g, target, tile))))
 
 
-@pytest.mark.parametrize("variant", ["runs", "channels_last", "channels_last_staged", "channels_last_runs", "toeplitz", "tiles"])
+@pytest.mark.parametrize(
+    "variant", ["runs", "channels_last", "channels_last_staged", "channels_last_runs", "toeplitz", "tiles"]
+)
 def test_a_plan_is_of_the_tile_that_costs_least(variant):
     seen = 0
     for g in (*large_geometries(), *GEOMETRIES.values()):
@@ -142,7 +145,7 @@ def test_a_plan_of_wgrad_by_runs_is_of_the_tile_that_costs_least():
 def test_plans_hold_integers_and_strings_alone():
     """An integer of NumPy's would be another text in a define, and another type in a launch."""
     for g in GEOMETRIES.values():
-        for variant in ("runs", "channels_last", "channels_last_staged", "channels_last_runs", "toeplitz", "tiles"):
+        for variant in VARIANTS:
             if suits(variant, "forward", g, "float16"):
                 chosen = plan.depthwise_forward(g, "float16", H200, variant)
                 check_types(chosen)

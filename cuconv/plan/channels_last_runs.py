@@ -78,9 +78,7 @@ def _best(g: Conv2dGeometry, dtype: str, target: Target, turned: bool) -> Plan:
             f"takes multiplier 1, stride 1 and dilation 1, and has {g.multiplier}, {g.stride} and {g.dilation}"
         )
     if g.R * g.S > MAX_TAPS or g.K > MAX_CHANNELS:
-        raise Unsuitable(
-            f"takes at most {MAX_TAPS} taps and {MAX_CHANNELS} channels, and has {g.R} x {g.S} and {g.K}"
-        )
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps and {MAX_CHANNELS} channels, and has {g.R} x {g.S} and {g.K}")
     table, fits = _table(g, dtype, target)
     best = cheapest_of(table, fits, _cost(g, dtype, target, table))
     if best is None:
@@ -176,8 +174,8 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
 
 
 def even_strips(g: Conv2dGeometry, columns: Any, axis: int) -> Any:
-    """Strips of a block, along an axis: as many as some threads have channels for, or fewer that fill the blocks side by
-    side evenly; all that lie side by side last."""
+    """Strips of a block, along an axis: as many as some threads have channels for, or fewer that fill the blocks side
+    by side evenly; all that lie side by side last."""
     column_items = -(-g.Q // columns)
     most = [np.clip(threads // g.K, 1, column_items) for threads in _THREADS]
     return np.concatenate([-(-column_items // -(-column_items // n)) for n in (*most, column_items)], axis=axis)
@@ -226,18 +224,36 @@ def _shared_bytes(g: Conv2dGeometry, dtype: str, tile: Tile) -> Any:
     return x_bytes + tile.stages * tile.rows * (x_bytes + y_bytes)
 
 
+def blocks_in_turn(g: Conv2dGeometry, target: Target, tile: Any) -> tuple[Any, Any]:
+    """Blocks that the busiest multiprocessor has one after the other, and at once."""
+    blocks = -(-g.Q // (tile.strips * tile.columns)) * -(-g.N * g.P // tile.slab_rows)
+    most = -(-blocks // target.multiprocessors)
+    return -(-most // tile.blocks), np.minimum(most, tile.blocks)
+
+
+def turns_of_block(g: Conv2dGeometry, tile: Any) -> Any:
+    """Rows of x that come, one a turn: for every image of a slab more than it has rows of y."""
+    return tile.slab_rows + (1 + tile.slab_rows / g.P) * (g.R - 1)
+
+
 def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> Any:
-    """What ranks tiles: issue slots an output, and what else takes time in the same unit."""
-    size = DTYPES[dtype][1]
-    threads = _threads(g, tile)
-    side_by_side = -(-g.Q // (tile.strips * tile.columns))
-    blocks = side_by_side * -(-g.N * g.P // tile.slab_rows)
-    turns = tile.slab_rows + (1 + tile.slab_rows / g.P) * (g.R - 1)
-    slots = tile.columns * (g.R * g.S + 3) + 2 * (tile.columns + g.S - 1) + 10 + 20 / tile.rows
-    issue = (slots * turns + 400) * threads * blocks / g.y_size
-    busy = 1 - np.exp(-0.2 * tile.blocks * threads / WARP)
-    again = (turns / tile.slab_rows) * (1 + (g.S - 1) / (tile.strips * tile.columns) * 0.3)
-    memory = 6.5 * size * (1 + again)
-    waves = blocks / (target.multiprocessors * tile.blocks)
-    uneven = np.where(waves < 8, np.ceil(waves) / waves, 1)
-    return (np.maximum(issue / busy, memory) + 0.2 * np.minimum(issue / busy, memory)) * (0.5 + 0.5 * uneven)
+    """What ranks tiles: the clocks of a multiprocessor.
+
+    The weights were fitted to the times of 370 tiles (6 cases on an H200): of those measured, the tile of least cost
+    takes 4 % longer than the fastest on average, and at most 10 %.
+    """
+    narrow = DTYPES[dtype][1] == 2
+    in_turn, at_once = blocks_in_turn(g, target, tile)
+    turns = in_turn * turns_of_block(g, tile)
+    addresses = 0 if known_channels(g) else 2 * tile.columns
+    slots: Any = tile.columns * (g.R * g.S + 1 + 2 * narrow) + (tile.columns + g.S - 1) * (1 + narrow)
+    slots = slots + (addresses + 8 + 20 / tile.rows)
+    issue = turns * at_once * (_threads(g, tile) - SERVICE) / WARP * slots / 4
+    # Of the memory's bandwidth a multiprocessor has 18 bytes a clock.
+    x_bytes, y_bytes = _row_bytes(g, dtype, tile)
+    ahead = (tile.stages - 2) * tile.rows
+    flight = at_once * ahead * x_bytes
+    memory = turns * at_once * (x_bytes + y_bytes) / 18 * (1 + 380 / np.maximum(500, flight))
+    # What one thread does to bring a row, and how long the row takes.
+    service, latency = 620 * turns, 1260 * turns / np.maximum(ahead, tile.rows)
+    return np.sqrt(issue**2 + memory**2 + service**2 + latency**2) + 2 * turns * at_once

@@ -24,7 +24,20 @@ from .base import (
     magic,
     those_of,
 )
-from .channels_last_runs import MAX_CHANNELS, MAX_TAPS, SERVICE, WARP, edge, even_strips, known_channels, last_strip_fits, run_bytes, slabs
+from .channels_last_runs import (
+    MAX_CHANNELS,
+    MAX_TAPS,
+    SERVICE,
+    WARP,
+    blocks_in_turn,
+    edge,
+    even_strips,
+    known_channels,
+    last_strip_fits,
+    run_bytes,
+    slabs,
+    turns_of_block,
+)
 from .wgrad import WgradPlan, sum_bytes, with_reduce
 
 _COLUMNS = (12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
@@ -180,21 +193,21 @@ def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> Any:
 
 
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
-    """What ranks tiles: issue slots an element of dy, and what else takes time in the same unit."""
-    size = DTYPES[dtype][1]
-    narrow = size == 2
-    threads = _threads(g, tile)
-    side_by_side = -(-g.Q // (tile.strips * tile.columns))
-    blocks = side_by_side * -(-g.N * g.P // tile.slab_rows)
-    turns = tile.slab_rows + (1 + tile.slab_rows / g.P) * (g.R - 1)
-    slots = tile.columns * (g.R * g.S + 1) + (2 + narrow) * (2 * tile.columns + g.S - 1) + 4 + 24 / _turns(g)
-    issue = (slots * turns + 600) * threads * blocks / g.y_size
-    most = np.ceil(blocks / target.multiprocessors)
-    most = np.where(most <= tile.blocks, most, np.ceil(most / tile.blocks) * tile.blocks)
-    waves = most * target.multiprocessors / blocks
-    busy = 1 - np.exp(-0.2 * np.minimum(most, tile.blocks) * threads / WARP)
-    memory = 7 * size * (1 + g.x_size / g.y_size * (1 + 0.3 * (g.S - 1) / (tile.strips * tile.columns)))
-    memory = memory * turns / tile.slab_rows
-    launch = np.where(blocks == 1, 0.0, 3e8 / g.y_size)
-    issue = issue / busy
-    return (np.maximum(issue, memory) + 0.2 * np.minimum(issue, memory)) * waves + launch
+    """What ranks tiles: the clocks of a multiprocessor.
+
+    The weights were fitted to the times of 330 tiles (5 cases on an H200): of those measured, the tile of least cost
+    takes 2 % longer than the fastest on average, and at most 8 %.
+    """
+    narrow = DTYPES[dtype][1] == 2
+    in_turn, at_once = blocks_in_turn(g, target, tile)
+    turns = in_turn * turns_of_block(g, tile)
+    addresses = 0 if known_channels(g) else 2 * tile.columns
+    slots: Any = tile.columns * (g.R * g.S + 2 + narrow) + (tile.columns + g.S - 1) * (1 + narrow)
+    slots = slots + addresses + 6 + 16 / _turns(g)
+    issue = turns * at_once * (_threads(g, tile) - SERVICE) / WARP * slots / 4
+    # Of the memory's bandwidth a multiprocessor has 18 bytes a clock.
+    x_bytes, dy_bytes = _row_bytes(g, dtype, tile)
+    memory = turns * at_once * (x_bytes + dy_bytes) / 18
+    # What one thread does to bring a row, and how long the row takes.
+    service, latency = 730 * turns, 580 * turns / ((tile.stages - 1) * _turns(g))
+    return np.sqrt(issue**2 + memory**2 + service**2 + latency**2) + 10900 * in_turn + 52 * turns * at_once
