@@ -2,26 +2,27 @@
 // input, which is the convolution of dy with the kernel turned around, both at stride 1 and without dilation. The names
 // are the forward pass's.
 //
-// Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any element.
-// A block owns some columns of a slab, of neighbouring rows of one image or several, and marches down the rows. The
-// first two warps keep the copy engine busy: one has rows of x brought to a ring in shared memory, ahead of those who
-// read them, and one has rows of y taken from another. The threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read
-// and write neighbouring elements, whatever the number of channels; they bring a row of their strip into registers,
-// where the weights are too, and meet it with all rows of outputs that need it.
+// Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any
+// element. A block owns some columns of a slab, of neighbouring rows of one image or several, and marches down the
+// rows. Its first two warps keep the copy engine busy: one has rows of x brought to a ring in shared memory, ahead of
+// those who read them, and one has rows of y taken from another. The threads of all other warps have a channel of a
+// strip of columns each, so that the lanes of a warp read and write neighbouring elements, whatever the number of
+// channels; they bring a row of their strip into registers, where the weights are too, and meet it with all rows of
+// outputs that need it.
 //
-// A stage of the rings is a few rows of x and the rows of y for which these are the last ones; a barrier says that the
-// former are there and that the latter may be overwritten, another that the strips are done with both, and a third that
-// the latter have been taken. Where the rows
-// are is told by a word: one of x may be a row of zeros, in place of one in the padding. Zeros for columns in the padding
-// lie before every row. So strips ask for nothing; they make rows of y that are not the block's, too, and they
-// stay in the ring. The last strip of a block is as wide as the others, and makes some columns once more.
+// A stage of the rings is a few rows of x and the rows of y for which these are the last ones. One barrier says that
+// the former are there and the latter may be overwritten, another that the strips are done with both, and a third that
+// the latter have been taken. Where rows are is told by a word: in place of a row in the padding there is one of zeros.
+// Zeros for columns in the padding lie before every row. So strips ask for nothing; they make rows of y that are not
+// the block's, too, which stay in the ring. The last strip of a block is as wide as the others, and makes some columns
+// once more.
 //
 // Sums are in the order in which they need the row. Each moves on by one place a row, which its first multiplication
 // does without a move, so that few rows are all the code.
 //
 // Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold, which
-// bounds the registers); CHANNELS (or 0, where they are many); COLUMNS (of a strip); LEFT, RIGHT (of the columns of x that
-// a strip needs, the first and the last ones that may be padding); ROWS (of a stage); STAGES.
+// bounds the registers); CHANNELS (or 0, where they are many); COLUMNS (of a strip); LEFT, RIGHT (of the columns of x
+// that a strip needs, the first and the last ones that may be padding); ROWS (of a stage); STAGES.
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
@@ -121,13 +122,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   if (warp == 0) {
     if (thread > 0) return;
-    // The turn's image and, of its rows of y, the one whose first kernel row meets the row of x, and the one that is then
-    // complete; those of the slab.
+    // The turn's image; its row of y whose first kernel row meets the row of x; those rows of y that are the slab's, and
+    // how many it has of later images.
     int image = first_image;
     int p = first_row - first_image * g.P;
     int begin = p;
     int end = min(g.P, p + rows);
     int rows_left = rows - (end - p);
+    // The row of x, and the row of y that is then complete.
     const T* x_row;
     T* y_row;
     const auto find_rows = [&] {
@@ -145,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         const bool x_exists = exists && within(p - g.top, g.H);
         T* const x_copy = run_in_shared(x_row, x_ring + place * g.x_bytes + kBulkAlignment);
         T* const y_copy = run_in_shared(y_row, y_ring + place * g.y_bytes);
-        turn_of[place] = {x_exists ? static_cast<int>(reinterpret_cast<unsigned char*>(x_copy) - shared) : kBulkAlignment,
-                          static_cast<int>(reinterpret_cast<unsigned char*>(y_copy) - shared)};
+        const auto offset = [&](T* to) { return static_cast<int>(reinterpret_cast<unsigned char*>(to) - shared); };
+        turn_of[place] = {x_exists ? offset(x_copy) : kBulkAlignment, offset(y_copy)};
         result_of[place] = exists && p - (kR - 1) >= begin ? y_row : nullptr;
         if (x_exists) {
           load_run_alone(x_row, (high - low) * K, x_copy, x, x + g.total_x, &ready[stage]);
@@ -182,9 +184,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           ptx::bulk_store_commit();  // so that every step has as many groups
         }
       }
-      // The rows of the step before have been read by now.
-      if (thread == kWarp) ptx::bulk_store_wait_read<kRows>();
       __syncwarp();
+      // Those of the step before have been read by now, or soon are.
+      if (thread == kWarp) ptx::bulk_store_wait_read<kRows>();
       if (thread == kWarp && step > 0) ptx::barrier_arrive(&taken[stage_before]);
       stage_before = stage;
     }

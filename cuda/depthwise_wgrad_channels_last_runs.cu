@@ -1,28 +1,29 @@
 // Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), by runs (sm_90 and
 // newer), at stride 1 and without dilation.
 //
-// Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any element.
-// A block owns some columns of a slab, of neighbouring rows of dy of one image or several, and marches down the rows. The
-// first two warps have the copy engine bring rows of x and of dy to a ring in shared memory, ahead of those who read them. The
-// threads of all other warps have a channel of a strip of columns each, so that the lanes of a warp read neighbouring
-// elements, whatever the number of channels; each keeps its R x S sums in registers through the whole slab.
+// Some neighbouring columns of a row are one run of memory, all their channels included, which may start at any
+// element. A block owns some columns of a slab, of neighbouring rows of dy of one image or several, and marches down
+// the rows. Its first two warps have the copy engine bring rows of x and of dy to a ring in shared memory, ahead of
+// those who read them. The threads of all other warps have a channel of a strip of columns each, so that the lanes of a
+// warp read neighbouring elements, whatever the number of channels; each keeps its R x S sums in registers through the
+// whole slab.
 //
 // In one turn there come a row of x and the row of dy that its first kernel row meets; the rows of dy before are a ring
 // in registers. A stage of the ring in shared memory is so many turns that what is where is known at compile time; a
-// barrier says that its rows are there, and another that the strips are done with them. Rows of an image behind the
-// slab's, and columns and rows that do not exist, are zeros: where rows are is told by a word, and zeros lie before every
-// row and in one row of their own. The last strip of a block is as wide as the others, and has zeros in place of columns of
-// dy that its neighbour has.
+// barrier says that its rows are there, and another that the strips are done with them. Where rows are is told by a
+// word: one of zeros takes the place of rows that do not exist or are not the slab's. Zeros for columns in the padding
+// lie before every row. The last strip of a block is as wide as the others, and has zeros for columns of dy that its
+// neighbour has.
 //
 // Padding is a zero that takes part, but zeros in place of dy are not to: if a sum is not finite, the thread makes its
 // sums once more, plainly. In the end the sums of threads that share channels are added in a fixed order;
 // depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are several.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
-// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); CHANNELS (or 0, where they are
-// many); COLUMNS (of a strip); LEFT, RIGHT (of the columns of x that a strip needs, the first and the last ones that may
-// be padding); REPEATED (the first columns of dy of the last strip that its neighbour has); TURNS (of a stage, a multiple
-// of R); STAGES.
+// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); CHANNELS (or 0, where they
+// are many); COLUMNS (of a strip); LEFT, RIGHT (of the columns of x that a strip needs, the first and the last ones
+// that may be padding); REPEATED (the first columns of dy of the last strip, which its neighbour has); TURNS (of a
+// stage, a multiple of R); STAGES.
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
@@ -72,8 +73,8 @@ struct alignas(8) Turn {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_wgrad_channels_last_runs(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw, T* dbias,
-                                       const __grid_constant__ Parameters g) {
+    depthwise_wgrad_channels_last_runs(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw,
+                                       T* dbias, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   __shared__ uint64 ready[kStages];
   __shared__ uint64 done[kStages];
@@ -157,7 +158,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int i = 0; i < kTurns; ++i) {
         const int place = stage * kTurns + i;
         const bool exists = step * kTurns + i < turns && (of_x ? within(p - g.top, g.H) : p < end);
-        T* const copy = run_in_shared(from, (of_x ? x_ring + place * g.x_bytes : dy_ring + place * g.dy_bytes) + kBulkAlignment);
+        unsigned char* const buffer = of_x ? x_ring + place * g.x_bytes : dy_ring + place * g.dy_bytes;
+        T* const copy = run_in_shared(from, buffer + kBulkAlignment);
         const int offset = exists ? static_cast<int>(reinterpret_cast<unsigned char*>(copy) - shared) : kBulkAlignment;
         (of_x ? turn_of[place].x : turn_of[place].dy) = offset;
         if (exists) {
@@ -246,7 +248,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
             const int column = of_dy - g.left + s;
             const bool exists = within(h, g.H) && within(column, g.W);
             const T* const from = x + ((static_cast<int64>(image) * g.H + h) * g.W + column) * K + k;
-            total = fma(exists ? widen(*from) : Sum(0), widen(dy[(static_cast<int64>(row) * g.Q + of_dy) * K + k]), total);
+            const T* const gradient = dy + (static_cast<int64>(row) * g.Q + of_dy) * K + k;
+            total = fma(exists ? widen(*from) : Sum(0), widen(*gradient), total);
           }
         }
         sums[tap * lanes + item] = total;

@@ -106,21 +106,30 @@ def test_the_default_of_channels_last():
             strided_dgrad = make is plan.depthwise_dgrad and "stride" in numbers
             staged = target is H200 and dtype != "float64" and not strided_dgrad
             assert make(g, dtype, target).source == f"depthwise_channels_last{'_staged' * staged}"
-    # Copies are whole words of 4 bytes, and of unaligned arrays single elements.
-    for channels, dtype, aligned, staged in (
-        (67, "float32", True, True),
-        (67, "bfloat16", True, False),
-        (66, "bfloat16", True, True),
-        (66, "bfloat16", False, False),
-        (66, "float32", False, True),
+    # Copies are whole words of 4 bytes, and of unaligned arrays single elements; runs start at any element.
+    for channels, dtype, aligned, how in (
+        (67, "float32", True, "_runs"),
+        (67, "float64", True, ""),
+        (67, "bfloat16", True, "_runs"),
+        (66, "bfloat16", True, "_staged"),
+        (66, "bfloat16", False, "_runs"),
+        (66, "float32", False, "_staged"),
+        (3, "float32", True, "_runs"),
     ):
         g = geometry((16, channels, 40, 50), (channels, 1, 3, 3), **last)
-        source = plan.depthwise_forward(g, dtype, H200, None, aligned).source
-        assert source == f"depthwise_channels_last{'_staged' * staged}"
+        for make in PASSES:
+            assert make(g, dtype, H200, None, aligned).source == f"depthwise_channels_last{how}"
+        strided = geometry((16, channels, 40, 50), (channels, 1, 3, 3), stride=2, **last)
+        assert not plan.depthwise_forward(strided, dtype, H200, None, aligned).source.endswith("_runs")
+        wgrad = plan.depthwise_wgrad(g, dtype, True, H200, None, aligned).source
+        assert wgrad == f"depthwise_wgrad_channels_last{how}"
+    odd = geometry((16, 67, 40, 50), (67, 1, 3, 3), **last)
+    assert plan.depthwise_forward(odd, "bfloat16", plan.TARGETS[80]).source == "depthwise_channels_last"
+    assert plan.depthwise_forward(odd, "float32", plan.TARGETS[80]).source == "depthwise_channels_last_staged"
     # Of pixels of less than 64 bytes the gradient of the weights alone is staged.
     for channels, dtype, staged in (
         (8, "float32", False),
-        (15, "float32", False),
+        (14, "float32", False),
         (16, "float32", True),
         (8, "float16", False),
         (30, "float16", False),

@@ -55,8 +55,8 @@ __all__ = [
 _FORWARD = {
     "runs": runs.forward,
     "channels_last_staged": channels_last_staged.forward,
-    "channels_last": channels_last.forward,
     "channels_last_runs": channels_last_runs.forward,
+    "channels_last": channels_last.forward,
     "toeplitz": toeplitz.forward,
     "images": images.forward,
     "tiles": tiles.forward,
@@ -65,8 +65,8 @@ _FORWARD = {
 _DGRAD = {
     "runs": runs.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
-    "channels_last": channels_last.dgrad,
     "channels_last_runs": channels_last_runs.dgrad,
+    "channels_last": channels_last.dgrad,
     "toeplitz": toeplitz.dgrad,
     "images": images.dgrad,
     "tiles": tiles.dgrad,
@@ -77,8 +77,8 @@ _WGRAD = {
     "diagonals": wgrad_diagonals.diagonals,
     "pairs": wgrad_pairs.pairs,
     "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
-    "channels_last": wgrad_channels_last.channels_last,
     "channels_last_runs": wgrad_channels_last_runs.channels_last_runs,
+    "channels_last": wgrad_channels_last.channels_last,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }
@@ -87,9 +87,14 @@ _WGRAD = {
 _BEATS_OTHERS = {
     "images": images.beats_others,
     "toeplitz": toeplitz.beats_others,
+    "channels_last_runs": channels_last_runs.beats_others,
     "channels_last": channels_last.beats_others,
 }
-_BEATS_OTHERS_OF_WGRAD = {"pairs": wgrad_pairs.beats_others, "diagonals": wgrad_diagonals.beats_others}
+_BEATS_OTHERS_OF_WGRAD = {
+    "pairs": wgrad_pairs.beats_others,
+    "diagonals": wgrad_diagonals.beats_others,
+    "channels_last_runs": channels_last_runs.beats_others,
+}
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
 
