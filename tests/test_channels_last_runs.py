@@ -39,7 +39,7 @@ def features_of(g, tile):
     strips = -(-g.Q // tile.columns)
     return {
         ("slab", tile.slab_rows < g.P, tile.slab_rows % g.P > 0, g.N * g.P % tile.slab_rows > 0),
-        ("columns", tile.columns),
+        ("columns", tile.columns % 3),
         ("stages", tile.stages),
         ("strips", tile.strips > 1, tile.strips < strips, strips % tile.strips > 0, g.Q % tile.columns > 0),
     }
