@@ -123,6 +123,10 @@ def test_the_default_of_channels_last():
         assert not plan.depthwise_forward(strided, dtype, H200, None, aligned).source.endswith("_runs")
         wgrad = plan.depthwise_wgrad(g, dtype, True, H200, None, aligned).source
         assert wgrad == f"depthwise_wgrad_channels_last{how}"
+    many_taps = geometry((16, 67, 40, 50), (67, 1, 7, 7), padding=3, **last)
+    assert plan.depthwise_forward(many_taps, "float32", H200).source == "depthwise_channels_last_staged"
+    assert plan.depthwise_forward(many_taps, "float16", H200).source == "depthwise_channels_last_runs"
+    assert plan.depthwise_wgrad(many_taps, "float32", True, H200).source == "depthwise_wgrad_channels_last_runs"
     odd = geometry((16, 67, 40, 50), (67, 1, 3, 3), **last)
     assert plan.depthwise_forward(odd, "bfloat16", plan.TARGETS[80]).source == "depthwise_channels_last"
     assert plan.depthwise_forward(odd, "float32", plan.TARGETS[80]).source == "depthwise_channels_last_staged"

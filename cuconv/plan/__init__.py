@@ -93,7 +93,7 @@ _BEATS_OTHERS = {
 _BEATS_OTHERS_OF_WGRAD = {
     "pairs": wgrad_pairs.beats_others,
     "diagonals": wgrad_diagonals.beats_others,
-    "channels_last_runs": channels_last_runs.beats_others,
+    "channels_last_runs": wgrad_channels_last_runs.beats_others,
 }
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))

@@ -28,6 +28,8 @@ from .runs import dense_dgrad_as_forward
 
 # Weights live in registers, and kernels are unrolled over them.
 MAX_TAPS = 64
+# In float32, beyond so many depthwise_channels_last_staged is faster.
+_MAX_TAPS_FLOAT32 = 25
 _COLUMNS = (16, 12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1)
 _ROWS = (1, 2)
 _STAGES = (2, 3, 4, 6, 8)
@@ -59,14 +61,14 @@ class Tile:
 
 
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
-    """Where this and depthwise_wgrad_channels_last_runs take less time than the others: pixels of odd numbers of
-    channels start at any element, which the others load or copy one by one.
+    """Where this takes less time than the others: pixels of odd numbers of channels start at any element, which the
+    others load or copy one by one.
 
-    On an H200, percent of the floor of 3x3 on 129x131 by this and by the best of the others: of 67 channels 86 and 77
-    in float32, 80 and 54 in float16; their gradients 90 and 80, 74 and 51. Of 20 and of 100 channels depthwise_
-    channels_last_staged is as fast or faster.
+    On an H200, percent of the floor by this and by the best of the others: 3x3 of 67 channels on 129x131 83 and 77 in
+    float32, 77 and 54 in float16; 5x5 of 65 channels 70 and 50, 43 and 27; 7x7 of 33 channels 41 and 45, 20 and 16. Of
+    20 and of 100 channels depthwise_channels_last_staged is as fast or faster.
     """
-    return g.channels_last and g.K % 2 == 1
+    return g.channels_last and g.K % 2 == 1 and (DTYPES[dtype][1] == 2 or g.R * g.S <= _MAX_TAPS_FLOAT32)
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
