@@ -86,6 +86,29 @@ __device__ __forceinline__ void load_run(const Run<T>& run, uint64* barrier, int
   }
 }
 
+// The same by one thread alone, of an array from `begin` to `end`; the barrier is made for one arrival a run.
+template <class T>
+__device__ __forceinline__ void load_run_alone(const T* start, int count, T* copy, const T* begin, const T* end,
+                                               uint64* barrier) {
+  constexpr int kPerVector = Run<const T>::kPerVector;
+  constexpr uint32 kSize = sizeof(T);
+  const int before = static_cast<int>(reinterpret_cast<uint64>(start) % kBulkAlignment / kSize);
+  const int whole = (before + count + kPerVector - 1) / kPerVector * kPerVector;
+  if (start - begin >= before && end - start >= whole - before) {
+    ptx::barrier_arrive_expect(barrier, whole * kSize);
+    if (whole > 0) ptx::bulk_load(copy - before, start - before, whole * kSize, barrier);
+    return;
+  }
+  const Run<const T> run(start, count, copy);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (i == run.first) i += run.middle;
+    if (i < count) copy[i] = start[i];
+  }
+  ptx::barrier_arrive_expect(barrier, run.middle * kSize);
+  if (run.middle > 0) ptx::bulk_load(copy + run.first, start + run.first, run.middle * kSize, barrier);
+}
+
 // Starts taking a run back; called by all lanes of one warp, after every thread that wrote to it has passed
 // ptx::fence_shared_for_bulk and then a block barrier. Lane 0 must wait by ptx::bulk_store_wait_read before the shared
 // copy is overwritten or the block ends.

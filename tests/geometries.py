@@ -154,6 +154,7 @@ VARIANTS = (
     "channels_last",
     "channels_last_staged",
     "channels_last_mma",
+    "channels_last_runs",
 )
 HALVES = ("float16", "bfloat16")
 
@@ -180,6 +181,8 @@ def suits(variant, direction, g, dtype):
     if variant == "channels_last_mma":
         takes = dtype in HALVES and not multiplied and g.stride == (1, 1) and g.C % 8 == 0
         return direction == "wgrad" and not nchw and few_taps and takes
+    if variant == "channels_last_runs":
+        return not nchw and few_taps and dense and dtype != "float64" and not multiplied
     if direction == "wgrad":
         words = dtype == "float32" or (dtype in HALVES and (g.C % 2 == 0 or g.dilation == (1, 1)))
         staged = not nchw and words and not multiplied
@@ -224,6 +227,7 @@ _MAIN_DTYPES = {
     "channels_last": ("float16",),
     "channels_last_staged": ("float16", "float32"),
     "channels_last_mma": ("float16",),
+    "channels_last_runs": ("float16",),
 }
 _FEW = (
     "3x3_padded",
@@ -288,6 +292,7 @@ VARIANT_CASES = (
     ("tiles", "float32", "nchw"),
     ("channels_last", "float32", "nhwc"),
     ("channels_last_staged", "float32", "nhwc"),
+    ("channels_last_runs", "bfloat16", "nhwc"),
 )
 
 

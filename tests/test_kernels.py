@@ -21,6 +21,8 @@ REGISTER_BUDGET_FLOAT64 = 200
 REGISTER_BUDGET_7X7_FLOAT64 = 255
 # Staged in shared memory, strips as wide as a plane of 14 hold 98 sums and 49 weights, in two blocks of 128 threads.
 REGISTER_BUDGET_STAGED = 232
+# Of a 7x7 kernel channels-last, by runs, a thread has 49 weights or sums and 7 rows of sums or of dy.
+REGISTER_BUDGET_RUNS = 200
 # Patches of 16 rows have 64 sums; their launch bound leaves room for one block of 256 threads.
 REGISTER_BUDGET_16_ROWS = 224
 # Of 31x31 a thread has 80 sums, and one block of 8 warps fits.
@@ -71,8 +73,9 @@ def budget_cases():
                 yield pytest.param(case, layout, None, architecture, id=f"{case}-{layout}-{architecture}")
                 # What the default takes of old devices and of what cannot be staged.
                 if layout == "nhwc" and architecture == MEASURED and case != "31x31" and case != "51x5":
-                    name = f"{case}-{layout}-channels_last-{architecture}"
-                    yield pytest.param(case, layout, "channels_last", architecture, id=name)
+                    for variant in ("channels_last", "channels_last_runs"):
+                        name = f"{case}-{layout}-{variant}-{architecture}"
+                        yield pytest.param(case, layout, variant, architecture, id=name)
 
 
 @pytest.mark.parametrize(("case", "layout", "variant", "architecture"), list(budget_cases()))
@@ -151,6 +154,25 @@ def test_every_patch_of_toeplitz_compiles_without_spills(kernel):
     for tile in patches.values():
         resources = kernels.compile_only(toeplitz.tile_plan(g, "bfloat16", tile), "sm_90a")
         assert resources.spill_bytes == 0, f"{tile} spills {resources.spill_bytes} bytes"
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if int(name[3:].rstrip("a")) >= 90])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+def test_channels_last_runs_compile_within_their_budget(kernel, architecture):
+    """With channels that are known at compile time and with more of them, of which every column has an address."""
+    for channels, dtype in product((67, 301), ("bfloat16", "float32")):
+        g = geometry((32, channels, 57, 59), (channels, 1, kernel, kernel), padding=kernel // 2, channels_last=True)
+        target = TARGETS[architecture]
+        forward = plan.depthwise_forward(g, dtype, target, "channels_last_runs")
+        wgrad, reason = plan_or_reason(plan.depthwise_wgrad, g, dtype, True, target, "channels_last_runs")
+        # Turns of seven rows of many channels do not fit where there is less shared memory.
+        assert wgrad is not None or ("fit" in reason and architecture == "sm_120")
+        for chosen in (forward, wgrad and wgrad.sums):
+            if chosen is None:
+                continue
+            resources = kernels.compile_only(chosen, architecture)
+            assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+            assert resources.registers <= REGISTER_BUDGET_RUNS, f"{chosen} takes {resources.registers}"
 
 
 SMALL_PLANES = {

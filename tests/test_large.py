@@ -100,7 +100,7 @@ def test_the_last_unit_of_many_images(last_block_alone, rng):
     oracle.assert_within_bound(*last, padding=((1, 0), (0, 0)))
 
 
-@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged"])
+@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged", "channels_last_runs"])
 def test_the_last_block_of_a_large_channels_last_convolution(large_channels_last, variant):
     x, w = large_channels_last
     with plan.variant(variant):
@@ -110,7 +110,7 @@ def test_the_last_block_of_a_large_channels_last_convolution(large_channels_last
     oracle.assert_within_bound(*last)
 
 
-@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged"])
+@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged", "channels_last_runs"])
 def test_the_last_block_of_a_large_channels_last_dgrad(large_channels_last, variant):
     dy, w = large_channels_last
     with plan.variant(variant):
@@ -140,7 +140,7 @@ def test_the_last_block_of_a_large_wgrad(large, rng, variant):
     assert_last_dw(zeros_with_a_random_end(rng, x.shape, WGRAD_END), x, variant)
 
 
-@pytest.mark.parametrize("variant", ["direct", "channels_last"])
+@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_runs"])
 def test_the_last_block_of_a_large_channels_last_wgrad(large_channels_last, rng, variant):
     x, _ = large_channels_last
     N, C, H, W = x.shape

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
-from cuconv.plan import base, channels_last, channels_last_staged, runs, tiles, toeplitz, wgrad_diagonals
+from cuconv.plan import (
+    base,
+    channels_last,
+    channels_last_runs,
+    channels_last_staged,
+    runs,
+    tiles,
+    toeplitz,
+    wgrad_diagonals,
+)
 
 H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
 
@@ -97,21 +106,34 @@ def test_the_default_of_channels_last():
             strided_dgrad = make is plan.depthwise_dgrad and "stride" in numbers
             staged = target is H200 and dtype != "float64" and not strided_dgrad
             assert make(g, dtype, target).source == f"depthwise_channels_last{'_staged' * staged}"
-    # Copies are whole words of 4 bytes, and of unaligned arrays single elements.
-    for channels, dtype, aligned, staged in (
-        (67, "float32", True, True),
-        (67, "bfloat16", True, False),
-        (66, "bfloat16", True, True),
-        (66, "bfloat16", False, False),
-        (66, "float32", False, True),
+    # Copies are whole words of 4 bytes, and of unaligned arrays single elements; runs start at any element.
+    for channels, dtype, aligned, how in (
+        (67, "float32", True, "_runs"),
+        (67, "float64", True, ""),
+        (67, "bfloat16", True, "_runs"),
+        (66, "bfloat16", True, "_staged"),
+        (66, "bfloat16", False, "_runs"),
+        (66, "float32", False, "_staged"),
+        (3, "float32", True, "_runs"),
     ):
         g = geometry((16, channels, 40, 50), (channels, 1, 3, 3), **last)
-        source = plan.depthwise_forward(g, dtype, H200, None, aligned).source
-        assert source == f"depthwise_channels_last{'_staged' * staged}"
+        for make in PASSES:
+            assert make(g, dtype, H200, None, aligned).source == f"depthwise_channels_last{how}"
+        strided = geometry((16, channels, 40, 50), (channels, 1, 3, 3), stride=2, **last)
+        assert not plan.depthwise_forward(strided, dtype, H200, None, aligned).source.endswith("_runs")
+        wgrad = plan.depthwise_wgrad(g, dtype, True, H200, None, aligned).source
+        assert wgrad == f"depthwise_wgrad_channels_last{how}"
+    many_taps = geometry((16, 67, 40, 50), (67, 1, 7, 7), padding=3, **last)
+    assert plan.depthwise_forward(many_taps, "float32", H200).source == "depthwise_channels_last_staged"
+    assert plan.depthwise_forward(many_taps, "float16", H200).source == "depthwise_channels_last_runs"
+    assert plan.depthwise_wgrad(many_taps, "float32", True, H200).source == "depthwise_wgrad_channels_last_runs"
+    odd = geometry((16, 67, 40, 50), (67, 1, 3, 3), **last)
+    assert plan.depthwise_forward(odd, "bfloat16", plan.TARGETS[80]).source == "depthwise_channels_last"
+    assert plan.depthwise_forward(odd, "float32", plan.TARGETS[80]).source == "depthwise_channels_last_staged"
     # Of pixels of less than 64 bytes the gradient of the weights alone is staged.
     for channels, dtype, staged in (
         (8, "float32", False),
-        (15, "float32", False),
+        (14, "float32", False),
         (16, "float32", True),
         (8, "float16", False),
         (30, "float16", False),
@@ -332,6 +354,31 @@ def check_channels_last_staged(g, chosen, dtype, dgrad):
         assert (last + (g.S - 1) * g.dilation[1] < values["pixels"]).all()
 
 
+def check_channels_last_runs(g, chosen, dtype, dgrad):
+    """Every output is in one block, and every block has room for its strips and their rows."""
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    columns, size = values["strips"] * defines["COLUMNS"], plan.DTYPES[dtype][1]
+    assert (chosen.grid[0] - 1) * columns < g.Q <= chosen.grid[0] * columns
+    assert g.Q - (chosen.grid[0] - 1) * columns >= defines["COLUMNS"]
+    assert (chosen.grid[1] - 1) * values["slab_rows"] < g.N * g.P <= chosen.grid[1] * values["slab_rows"]
+    assert values["rows"] == g.N * g.P
+    assert values["strips"] * g.K <= chosen.block - 64
+    assert defines["CHANNELS"] in (0, g.K)
+    # Of a row that starts 15 bytes behind a boundary all that lies between boundaries, behind 16 bytes of zeros.
+    x_columns = min(g.W, columns + g.S - 1)
+    assert values["x_bytes"] >= 16 + -(-(15 // size * size + x_columns * g.K * size) // 16) * 16
+    assert values["y_bytes"] >= 15 // size * size + columns * g.K * size
+    assert values["x_bytes"] % 16 == values["y_bytes"] % 16 == 0
+    rows = defines["ROWS"] * defines["STAGES"]
+    assert chosen.shared_bytes >= values["x_bytes"] * (rows + 1) + values["y_bytes"] * rows
+    # What may be padding of any strip that starts at a column of y and ends at one.
+    starts = np.arange(g.Q - defines["COLUMNS"] + 1)[:, None] - g.padding[1][0]
+    j = np.arange(defines["COLUMNS"] + g.S - 1)
+    missing = ((starts + j < 0) | (starts + j >= g.W)).any(axis=0)
+    assert not missing[defines["LEFT"] : len(j) - defines["RIGHT"]].any()
+
+
 def check_images(g, chosen, dtype, dgrad):
     g = runs.dense_dgrad_as_forward(g) if dgrad else g
     values, defines = dict(chosen.parameters), dict(chosen.defines)
@@ -391,6 +438,7 @@ CHECKS = {
     "tiles": check_tiles,
     "channels_last": check_channels_last,
     "channels_last_staged": check_channels_last_staged,
+    "channels_last_runs": check_channels_last_runs,
 }
 
 extent = st.integers(1, 300)
@@ -440,7 +488,8 @@ def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, 
             continue
         assert suits(variant, direction, g, dtype)
         assert all(1 <= extent <= limit for extent, limit in zip(chosen.grid, plan.MAX_GRID, strict=True))
-        assert 1 <= chosen.block <= (512 if variant in ("images", "channels_last_staged") else 256)
+        most = {"images": 512, "channels_last_staged": 512, "channels_last_runs": 1024}.get(variant, 256)
+        assert 1 <= chosen.block <= most
         assert 0 <= chosen.shared_bytes <= target.shared_per_block
         struct = chosen.parameter_struct()
         assert all(struct[name] == value for name, value in chosen.parameters)
@@ -519,6 +568,25 @@ def test_the_number_of_staged_variants_is_bounded():
     assert seen.pop("LEFT") <= {0, 2, 9}
     strides = (seen.pop("STRIDE_H"), seen.pop("STRIDE_W"))
     assert max(strides) <= {1, 2, 3}
+    assert all(len(values) <= 2 for values in seen.values()), seen
+
+
+def test_the_number_of_variants_by_runs_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for padding, make in product((0, 1, 9), PASSES):
+        for _ in range(20):
+            n, c, h, w = (int(v) for v in rng.integers(1, 400, 4))
+            g = geometry((n, c, h + 5, w + 5), (c, 1, 3, 3), padding=padding, channels_last=True)
+            chosen, _ = plan_or_reason(make, g, "float32", H200, "channels_last_runs")
+            for name, value in chosen.defines if chosen else ():
+                seen.setdefault(name, set()).add(value)
+    assert seen.pop("COLUMNS") <= set(channels_last_runs._COLUMNS)
+    assert seen.pop("CHANNELS") <= set(range(channels_last_runs._MOST_KNOWN_CHANNELS + 1))
+    assert seen.pop("THREADS") <= set(range(96, 1025, 32))
+    assert seen.pop("BLOCKS") <= set(range(1, 33))
+    assert seen.pop("STAGES") <= set(channels_last_runs._STAGES)
+    assert max(seen.pop("LEFT") | seen.pop("RIGHT")) <= 9
     assert all(len(values) <= 2 for values in seen.values()), seen
 
 
@@ -679,7 +747,7 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
             plans += filter(None, (of_wgrad.sums, of_wgrad.reduce))
         elif make is not plan.depthwise_wgrad and suits(variant, "forward", g, "float16"):
             plans.append(make(g, "float16", H200, variant))
-    assert len({chosen.source for chosen in plans}) == 17
+    assert len({chosen.source for chosen in plans}) == 19
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

@@ -15,18 +15,21 @@ from cuconv.plan import (
     Target,
     Unsuitable,
     channels_last,
+    channels_last_runs,
     channels_last_staged,
     runs,
     tiles,
     toeplitz,
     wgrad,
     wgrad_channels_last,
+    wgrad_channels_last_runs,
 )
 from cuconv.plan import wgrad_channels_last_mma as mma
 from cuconv.plan import wgrad_channels_last_staged as staged
 from cuconv.plan.base import SHARED_RESERVE
 
 H200 = plan.TARGETS[90]
+VARIANTS = ("runs", "channels_last", "channels_last_staged", "channels_last_runs", "toeplitz", "tiles")
 
 
 def large_geometries():
@@ -62,6 +65,10 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
         staged = channels_last_staged.tiles(g, dtype, target, True)
         best_staged = min(staged, key=lambda tile: float(channels_last_staged._cost(g, dtype, target, tile)))
         return channels_last_staged.tile_plan(g, dtype, best_staged)
+    if variant == "channels_last_runs":
+        of_runs = channels_last_runs.tiles(g, dtype, target)
+        best_run = min(of_runs, key=lambda tile: float(channels_last_runs._cost(g, dtype, target, tile)))
+        return channels_last_runs.tile_plan(g, dtype, best_run)
     if variant == "toeplitz":
         bands = toeplitz.tiles(g, True, budget)
         return toeplitz.tile_plan(g, dtype, min(bands, key=lambda tile: float(toeplitz._cost(g, target, tile))))
@@ -69,11 +76,14 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
     return tiles.tile_plan(g, dtype, min(of_large, key=lambda tile: float(tiles.cost(g, target, tile))))
 
 
-@pytest.mark.parametrize("variant", ["runs", "channels_last", "channels_last_staged", "toeplitz", "tiles"])
+@pytest.mark.parametrize(
+    "variant", ["runs", "channels_last", "channels_last_staged", "channels_last_runs", "toeplitz", "tiles"]
+)
 def test_a_plan_is_of_the_tile_that_costs_least(variant):
     seen = 0
     for g in (*large_geometries(), *GEOMETRIES.values()):
         dtype = "bfloat16" if variant == "toeplitz" else "float32"
+        g = replace(g, channels_last=True) if variant == "channels_last_runs" else g
         try:
             chosen = plan.depthwise_forward(g, dtype, H200, variant)
         except Unsuitable:
@@ -132,10 +142,27 @@ def test_a_plan_of_wgrad_on_tensor_cores_is_of_the_tile_that_costs_least():
     assert seen >= 6
 
 
+def test_a_plan_of_wgrad_by_runs_is_of_the_tile_that_costs_least():
+    seen = 0
+    for g in (*large_geometries(), *GEOMETRIES.values()):
+        g = replace(g, channels_last=True)
+        arguments = (g, "float16", True, H200)
+        try:
+            chosen = plan.depthwise_wgrad(*arguments, "channels_last_runs")
+        except Unsuitable:
+            continue
+        check_types(chosen.sums)
+        every = wgrad_channels_last_runs.tiles(*arguments, True)
+        best = min(every, key=lambda tile, given=arguments: float(wgrad_channels_last_runs._cost(*given, tile)))
+        assert chosen == wgrad_channels_last_runs.tile_plan(g, "float16", True, best)
+        seen += 1
+    assert seen >= 6
+
+
 def test_plans_hold_integers_and_strings_alone():
     """An integer of NumPy's would be another text in a define, and another type in a launch."""
     for g in GEOMETRIES.values():
-        for variant in ("runs", "channels_last", "channels_last_staged", "toeplitz", "tiles"):
+        for variant in VARIANTS:
             if suits(variant, "forward", g, "float16"):
                 chosen = plan.depthwise_forward(g, "float16", H200, variant)
                 check_types(chosen)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ..geometry import Conv2dGeometry
 from . import (
     channels_last,
+    channels_last_runs,
     channels_last_staged,
     direct,
     images,
@@ -25,6 +26,7 @@ from . import (
     wgrad,
     wgrad_channels_last,
     wgrad_channels_last_mma,
+    wgrad_channels_last_runs,
     wgrad_channels_last_staged,
     wgrad_diagonals,
     wgrad_pairs,
@@ -54,6 +56,7 @@ __all__ = [
 _FORWARD = {
     "runs": runs.forward,
     "channels_last_staged": channels_last_staged.forward,
+    "channels_last_runs": channels_last_runs.forward,
     "channels_last": channels_last.forward,
     "toeplitz": toeplitz.forward,
     "images": images.forward,
@@ -63,6 +66,7 @@ _FORWARD = {
 _DGRAD = {
     "runs": runs.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
+    "channels_last_runs": channels_last_runs.dgrad,
     "channels_last": channels_last.dgrad,
     "toeplitz": toeplitz.dgrad,
     "images": images.dgrad,
@@ -74,6 +78,7 @@ _WGRAD = {
     "diagonals": wgrad_diagonals.diagonals,
     "pairs": wgrad_pairs.pairs,
     "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
+    "channels_last_runs": wgrad_channels_last_runs.channels_last_runs,
     "channels_last": wgrad_channels_last.channels_last,
     "channels_last_mma": wgrad_channels_last_mma.channels_last_mma,
     "tiles": wgrad.tiles,
@@ -84,12 +89,14 @@ _WGRAD = {
 _BEATS_OTHERS = {
     "images": images.beats_others,
     "toeplitz": toeplitz.beats_others,
+    "channels_last_runs": channels_last_runs.beats_others,
     "channels_last": channels_last.beats_others,
 }
 _BEATS_OTHERS_OF_WGRAD = {
     "pairs": wgrad_pairs.beats_others,
     "diagonals": wgrad_diagonals.beats_others,
     "channels_last_mma": wgrad_channels_last_mma.beats_others,
+    "channels_last_runs": wgrad_channels_last_runs.beats_others,
 }
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))

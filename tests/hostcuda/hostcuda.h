@@ -158,6 +158,7 @@ template <class T>
 T* as_it_is(T* address) {
   return address;
 }
+inline int as_it_is(int number) { return number; }
 
 // Reads what is asked for, so that a wrong address is noticed where sanitizers watch.
 inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile unsigned char*>(global)); }
