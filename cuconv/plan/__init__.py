@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ..geometry import Conv2dGeometry
 from . import (
     channels_last,
+    channels_last_mma,
     channels_last_staged,
     direct,
     images,
@@ -54,6 +55,7 @@ _FORWARD = {
     "runs": runs.forward,
     "channels_last_staged": channels_last_staged.forward,
     "channels_last": channels_last.forward,
+    "channels_last_mma": channels_last_mma.forward,
     "toeplitz": toeplitz.forward,
     "images": images.forward,
     "tiles": tiles.forward,
@@ -63,6 +65,7 @@ _DGRAD = {
     "runs": runs.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
     "channels_last": channels_last.dgrad,
+    "channels_last_mma": channels_last_mma.dgrad,
     "toeplitz": toeplitz.dgrad,
     "images": images.dgrad,
     "tiles": tiles.dgrad,

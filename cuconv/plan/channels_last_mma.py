@@ -1,0 +1,244 @@
+"""Channels-last arrays (NHWC in memory), 16-bit, on tensor cores: see cuda/depthwise_channels_last_mma.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..geometry import Conv2dGeometry
+from .base import (
+    DTYPES,
+    MAX_DIVIDEND,
+    MAX_GRID,
+    SHARED_RESERVE,
+    VECTOR_BYTES,
+    Plan,
+    Target,
+    Unsuitable,
+    axis_of,
+    cheapest_of,
+    each_of,
+    magic,
+    those_of,
+)
+from .runs import dense_dgrad_as_forward
+
+# Weights live in registers, and kernels are unrolled over them.
+MAX_TAPS = 64
+_SIZE = 2
+# Columns of a quad, and quads of a warp.
+_QUAD, _QUADS = 4, 16
+# Channels of a copy.
+_PIECE = VECTOR_BYTES // _SIZE
+_VECTORS = (8, 4)
+_STAGES = (3, 4, 6)
+_STRIPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+_PIECES = (1, 2, 3, 4, 6, 8, 16, 32, 64)
+_IMAGES = (1, 2, 4, 8, 16)
+_TURNS = (1, 2, 4, 8)
+_CHANNELS = (16, 32, 64, 128)
+_MAX_WARPS = 16
+_MAX_COPIES = 8
+# What a thread needs beside sums, weights, a row of x and the bias.
+_REGISTERS_BESIDE = 44
+_MAX_REGISTERS = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one block makes: `rows` rows of `quads` quads of outputs of `images` images, `turns` times one after the
+    other, of `groups` vectors of channels; and how: with so many rows of x in the ring, so many blocks of a
+    multiprocessor."""
+
+    vector: int
+    groups: int
+    rows: int
+    quads: int
+    images: int
+    turns: int
+    stages: int
+    blocks: int
+
+    @property
+    def channels(self) -> int:
+        return self.vector * self.groups
+
+    @property
+    def warps(self) -> int:
+        return self.groups * -(-self.quads * self.images // _QUADS)
+
+
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(g, dtype, target, aligned, turned=False)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _best(dense_dgrad_as_forward(g), dtype, target, aligned, turned=True)
+
+
+def _best(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool) -> Plan:
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W) in memory")
+    if DTYPES[dtype][1] != _SIZE:
+        raise Unsuitable(f"takes float16 and bfloat16, and the dtype is {dtype}")
+    if target.architecture < 80:
+        raise Unsuitable(f"needs compute capability 8.0, and the device has {target.architecture / 10}")
+    if g.stride != (1, 1) or g.dilation != (1, 1):
+        raise Unsuitable(f"takes stride 1 and dilation 1, and has {g.stride} and {g.dilation}")
+    if g.R * g.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    if g.multiplier > 1:
+        raise Unsuitable(f"takes multiplier 1, and has {g.multiplier}")
+    if not aligned or g.K % _PIECE:
+        raise Unsuitable(f"copies {_PIECE} channels of aligned arrays at once, and has {g.K}")
+    table, fits = _table(g, target)
+    best = cheapest_of(table, fits, _cost(g, target, table)) if table.vector.size else None
+    if best is None:
+        raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
+    return tile_plan(g, dtype, best, turned)
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
+    column_blocks = -(-g.Q // (tile.quads * _QUAD))
+    pixels = int(_pixels(g, tile))
+    grid = (
+        -(-g.K // tile.channels) * column_blocks,
+        -(-g.P // tile.rows),
+        -(-g.N // (tile.images * tile.turns)),
+    )
+    if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)):
+        raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
+    # What the kernel counts in 32-bit integers: elements of x and of y from a block's first image to the end of a row of
+    # its last.
+    planes = ((tile.images - 1) * g.H + 1) * g.W, ((tile.images - 1) * g.P + 1) * g.Q
+    if max(planes) * g.K > MAX_GRID[0]:
+        raise Unsuitable(f"{g.H} x {g.W} pixels of {g.K} channels are more than it can count")
+    threads = 32 * tile.warps
+    if tile.images * pixels + threads > MAX_DIVIDEND:
+        raise Unsuitable(f"{tile.images * pixels} pixels of a row are more than it can divide")
+    return Plan(
+        source="depthwise_channels_last_mma",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("TURNED", int(turned)),
+            ("THREADS", threads),
+            ("BLOCKS", tile.blocks),
+            ("VECTOR", tile.vector),
+            ("GROUPS", tile.groups),
+            ("STAGES", tile.stages),
+            ("COPIES", int(_copies(g, tile))),
+            ("TURNS", int(tile.turns > 1)),
+        ),
+        grid=grid,
+        block=threads,
+        shared_bytes=int(_shared_bytes(g, tile)),
+        parameters=(
+            ("N", g.N),
+            ("K", g.K),
+            ("H", g.H),
+            ("W", g.W),
+            ("P", g.P),
+            ("Q", g.Q),
+            ("top", g.padding[0][0]),
+            ("left", g.padding[1][0]),
+            ("rows", tile.rows),
+            ("quads", tile.quads),
+            ("images", tile.images),
+            ("turns", tile.turns),
+            ("column_blocks", column_blocks),
+            ("pixels", pixels),
+            ("quads_magic", magic(tile.quads)),
+            ("pixels_magic", magic(pixels)),
+        ),
+    )
+
+
+def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
+    """The tiles that a thread's registers and a block's shared memory hold."""
+    return each_of(*_table(g, target))
+
+
+def _table(g: Conv2dGeometry, target: Target) -> tuple[Tile, Any]:
+    """The same as one tile of arrays, and which of them fit."""
+    all_quads = -(-g.Q // _QUAD)
+    vector = axis_of(_VECTORS, 4)
+    channels = axis_of(_channel_choices(g.K), 3)
+    quads = axis_of(sorted({-(-all_quads // strips) for strips in _STRIPS}), 2)
+    images, stages = axis_of(_IMAGES, 1), axis_of(_STAGES, 0)
+    bare = Tile(vector, channels // vector, 1, quads, images, 1, stages, 1)
+    fits = (
+        ((images == 1) | (quads == all_quads) & (images <= g.N))
+        & (bare.warps <= _MAX_WARPS)
+        & (_registers(g, bare) <= _MAX_REGISTERS)
+        & (_copies(g, bare) <= _MAX_COPIES)
+        & (_shared_bytes(g, bare) <= target.shared_per_block - SHARED_RESERVE)
+    )
+    bare = those_of(bare, fits, 2)
+    rows, turns = axis_of(sorted({-(-g.P // pieces) for pieces in _PIECES}), 1), axis_of(_TURNS, 0)
+    shared = _shared_bytes(g, bare) + SHARED_RESERVE
+    warps_of_part = 512 // (-(-_registers(g, bare) // 8) * 8)
+    most = np.minimum(target.shared_per_multiprocessor // shared, 4 * warps_of_part // bare.warps)
+    fits = (most > 0) & ((turns == 1) | (rows == g.P) & (g.N % (bare.images * turns) == 0))
+    return replace(bare, rows=rows, turns=turns, blocks=np.clip(most, 1, 32)), fits
+
+
+def _channel_choices(K: int) -> list[int]:
+    """Channels of a block: divisors of K, or what leaves few warps idle."""
+    whole = [n for n in range(_PIECE, min(K, _CHANNELS[-1]) + 1, _PIECE) if K % n == 0]
+    choices = set()
+    for most in _CHANNELS:
+        divisor = max((n for n in whole if n <= most), default=0)
+        if divisor > 0.7 * most:
+            choices.add(divisor)
+        elif most < K:
+            choices.add(most)
+    if K <= _CHANNELS[-1]:
+        choices.add(K)
+    return sorted(choices)
+
+
+def _steps(g: Conv2dGeometry) -> int:
+    """kSteps: pieces of a quad's window."""
+    return -(-(_QUAD + g.S - 1) // _QUAD)
+
+
+def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Registers that a thread is to have."""
+    pairs = tile.vector // 2
+    return pairs * (4 * g.R + g.R * _steps(g) + 2 * _steps(g) + 2) + _REGISTERS_BESIDE
+
+
+def _pixels(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Columns of x from the first that a block's quads look at to the last."""
+    return (tile.quads - 1 + _steps(g)) * _QUAD
+
+
+def _pitch(tile: Tile) -> Any:
+    """kPitch, in bytes."""
+    return (tile.channels // _PIECE | 1) * VECTOR_BYTES
+
+
+def _copies(g: Conv2dGeometry, tile: Tile) -> Any:
+    """Of a thread and row."""
+    return -(-tile.images * _pixels(g, tile) * (tile.channels // _PIECE) // (32 * tile.warps))
+
+
+def _shared_bytes(g: Conv2dGeometry, tile: Tile) -> Any:
+    """The ring of rows, and the weights of a block's channels."""
+    return tile.stages * tile.images * _pixels(g, tile) * _pitch(tile) + g.R * g.S * tile.channels * _SIZE
+
+
+def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
+    """What ranks tiles."""
+    outputs = 1.0 * tile.rows * tile.quads * _QUAD * tile.images * tile.turns * tile.channels
+    blocks = -(-g.K // tile.channels) * -(-g.Q // (tile.quads * _QUAD)) * -(-g.P // tile.rows)
+    blocks = blocks * -(-g.N // (tile.images * tile.turns))
+    waste = outputs * blocks / g.y_size
+    again = (tile.rows + g.R - 1) / tile.rows
+    waves = blocks / (target.multiprocessors * tile.blocks)
+    return waste * (1 + 0.3 * (again - 1)) * np.ceil(waves) / waves * (1 + 0.2 / tile.turns)
