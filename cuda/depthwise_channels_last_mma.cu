@@ -172,6 +172,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
 
   // Of the lane's two quads its column: where its window starts in a stage, and its outputs in y, or -1.
   int window[2], output[2];
+  uint32 present[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int unit = warp / kGroups * kQuads + half * (kQuads / 2) + lane / kQuad;
@@ -182,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     window[half] = (image < g.images ? image * g.pixels + column : lane % kQuad) * kPitch + group * kVector;
     const bool exists = image < g.images && first_image + image < g.N && q < g.Q && k < g.K;
     output[half] = exists ? (image * g.P * g.Q + q) * g.K + k : -1;
+    present[half] = image < g.images ? 0xffffffffu : 0;
   }
 
   // What the lane has of b: columns 4 step + j of the window (j = lane % 4), in both channels of a pair, for the output and
@@ -264,15 +266,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
 #pragma unroll
         for (int step = 0; step < kSteps; step += 2) {
           if (step + 1 < kSteps) {
-            const uint32 a[4] = {value[step][0].piece[pair], value[step][1].piece[pair], value[step + 1][0].piece[pair],
-                                 value[step + 1][1].piece[pair]};
+            const uint32 a[4] = {value[step][0].piece[pair] & present[0], value[step][1].piece[pair] & present[1],
+                                 value[step + 1][0].piece[pair] & present[0], value[step + 1][1].piece[pair] & present[1]};
 #pragma unroll
             for (int place = kR - 1; place >= 0; --place) {
               const uint32 taps[2] = {b[place][pair][step], b[place][pair][step + 1]};
               multiply(T{}, sum[place][pair], a, taps);
             }
           } else {
-            const uint32 a[2] = {value[step][0].piece[pair], value[step][1].piece[pair]};
+            const uint32 a[2] = {value[step][0].piece[pair] & present[0], value[step][1].piece[pair] & present[1]};
 #pragma unroll
             for (int place = kR - 1; place >= 0; --place) multiply(T{}, sum[place][pair], a, b[place][pair][step]);
           }

@@ -100,7 +100,7 @@ def test_the_last_unit_of_many_images(last_block_alone, rng):
     oracle.assert_within_bound(*last, padding=((1, 0), (0, 0)))
 
 
-@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged"])
+@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged", "channels_last_mma"])
 def test_the_last_block_of_a_large_channels_last_convolution(large_channels_last, variant):
     x, w = large_channels_last
     with plan.variant(variant):
@@ -110,7 +110,7 @@ def test_the_last_block_of_a_large_channels_last_convolution(large_channels_last
     oracle.assert_within_bound(*last)
 
 
-@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged"])
+@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged", "channels_last_mma"])
 def test_the_last_block_of_a_large_channels_last_dgrad(large_channels_last, variant):
     dy, w = large_channels_last
     with plan.variant(variant):

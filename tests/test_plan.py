@@ -332,6 +332,29 @@ def check_channels_last_staged(g, chosen, dtype, dgrad):
         assert (last + (g.S - 1) * g.dilation[1] < values["pixels"]).all()
 
 
+def check_channels_last_mma(g, chosen, dtype, dgrad):
+    """Every quad of outputs has a place in a warp, and the columns of x that it looks at are copied."""
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    channels, quads = defines["GROUPS"] * defines["VECTOR"], values["quads"]
+    assert g.K % 8 == channels % 8 == 0
+    channel_blocks, rest = divmod(chosen.grid[0], values["column_blocks"])
+    assert rest == 0
+    assert (channel_blocks - 1) * channels < g.K <= channel_blocks * channels
+    assert (values["column_blocks"] - 1) * quads * 4 < g.Q <= values["column_blocks"] * quads * 4
+    assert (chosen.grid[1] - 1) * values["rows"] < g.P <= chosen.grid[1] * values["rows"]
+    images = values["images"] * values["turns"]
+    assert (chosen.grid[2] - 1) * images < g.N <= chosen.grid[2] * images
+    assert values["turns"] == 1 or g.N % images == 0
+    assert values["images"] * quads * defines["GROUPS"] <= 16 * chosen.block // 32
+    assert chosen.block == defines["THREADS"]
+    # The last column of the last quad's window, in whole pieces of 4.
+    assert values["pixels"] == (quads - 1) * 4 + -(-(g.S + 3) // 4) * 4
+    copied = values["images"] * values["pixels"] * channels * 2
+    assert copied <= defines["COPIES"] * 16 * chosen.block
+    assert chosen.shared_bytes >= defines["STAGES"] * copied + channels * g.R * g.S * 2
+
+
 def check_images(g, chosen, dtype, dgrad):
     g = runs.dense_dgrad_as_forward(g) if dgrad else g
     values, defines = dict(chosen.parameters), dict(chosen.defines)
@@ -391,6 +414,7 @@ CHECKS = {
     "tiles": check_tiles,
     "channels_last": check_channels_last,
     "channels_last_staged": check_channels_last_staged,
+    "channels_last_mma": check_channels_last_mma,
 }
 
 extent = st.integers(1, 300)
@@ -413,6 +437,8 @@ def geometries(draw, variant):
     multiplier = draw(st.integers(1, 3))
     if variant == "images":
         C, H, W, multiplier = 8 * (C // 8 + 1), H % 32 + 1, W % 32 + 1, 1
+    if variant == "channels_last_mma":
+        C, multiplier, numbers = 8 * C, 1, {"channels_last": True}
     side = st.integers(0, most_padding)
     # No smaller than what the kernel reaches over.
     reach = [d * (k - 1) + 1 for d, k in zip(numbers.get("dilation", (1, 1)), kernel, strict=True)]
@@ -431,7 +457,7 @@ def geometries(draw, variant):
 )
 def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, target, aligned):
     g = data.draw(geometries(variant))
-    dtype = "bfloat16" if variant in ("toeplitz", "images") else dtype
+    dtype = "bfloat16" if variant in ("toeplitz", "images", "channels_last_mma") else dtype
     for direction, make in zip(("forward", "dgrad"), PASSES, strict=True):
         chosen, reason = plan_or_reason(make, g, dtype, target, variant, aligned)
         if chosen is None:
@@ -440,7 +466,7 @@ def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, 
             continue
         assert suits(variant, direction, g, dtype)
         assert all(1 <= extent <= limit for extent, limit in zip(chosen.grid, plan.MAX_GRID, strict=True))
-        assert 1 <= chosen.block <= (512 if variant in ("images", "channels_last_staged") else 256)
+        assert 1 <= chosen.block <= (512 if variant in ("images", "channels_last_staged", "channels_last_mma") else 256)
         assert 0 <= chosen.shared_bytes <= target.shared_per_block
         struct = chosen.parameter_struct()
         assert all(struct[name] == value for name, value in chosen.parameters)
@@ -679,7 +705,7 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
             plans += filter(None, (of_wgrad.sums, of_wgrad.reduce))
         elif make is not plan.depthwise_wgrad and suits(variant, "forward", g, "float16"):
             plans.append(make(g, "float16", H200, variant))
-    assert len({chosen.source for chosen in plans}) == 16
+    assert len({chosen.source for chosen in plans}) == 17
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

@@ -15,6 +15,7 @@ from cuconv.plan import (
     Target,
     Unsuitable,
     channels_last,
+    channels_last_mma,
     channels_last_staged,
     runs,
     tiles,
@@ -61,6 +62,11 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
         staged = channels_last_staged.tiles(g, dtype, target, True)
         best_staged = min(staged, key=lambda tile: float(channels_last_staged._cost(g, dtype, target, tile)))
         return channels_last_staged.tile_plan(g, dtype, best_staged)
+    if variant == "channels_last_mma":
+        of_quads = channels_last_mma.tiles(g, target)
+        return channels_last_mma.tile_plan(
+            g, dtype, min(of_quads, key=lambda tile: float(channels_last_mma._cost(g, target, tile)))
+        )
     if variant == "toeplitz":
         bands = toeplitz.tiles(g, True, budget)
         return toeplitz.tile_plan(g, dtype, min(bands, key=lambda tile: float(toeplitz._cost(g, target, tile))))
@@ -68,11 +74,14 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
     return tiles.tile_plan(g, dtype, min(of_large, key=lambda tile: float(tiles.cost(g, target, tile))))
 
 
-@pytest.mark.parametrize("variant", ["runs", "channels_last", "channels_last_staged", "toeplitz", "tiles"])
+@pytest.mark.parametrize(
+    "variant", ["runs", "channels_last", "channels_last_staged", "channels_last_mma", "toeplitz", "tiles"]
+)
 def test_a_plan_is_of_the_tile_that_costs_least(variant):
     seen = 0
     for g in (*large_geometries(), *GEOMETRIES.values()):
-        dtype = "bfloat16" if variant == "toeplitz" else "float32"
+        dtype = "bfloat16" if variant in ("toeplitz", "channels_last_mma") else "float32"
+        g = replace(g, channels_last=True) if variant == "channels_last_mma" else g
         try:
             chosen = plan.depthwise_forward(g, dtype, H200, variant)
         except Unsuitable:
@@ -118,7 +127,7 @@ def test_a_staged_plan_of_wgrad_is_of_the_tile_that_costs_least():
 def test_plans_hold_integers_and_strings_alone():
     """An integer of NumPy's would be another text in a define, and another type in a launch."""
     for g in GEOMETRIES.values():
-        for variant in ("runs", "channels_last", "channels_last_staged", "toeplitz", "tiles"):
+        for variant in ("runs", "channels_last", "channels_last_staged", "channels_last_mma", "toeplitz", "tiles"):
             if suits(variant, "forward", g, "float16"):
                 chosen = plan.depthwise_forward(g, "float16", H200, variant)
                 check_types(chosen)
