@@ -50,6 +50,9 @@ constexpr int kPieces = kChannels / kPiece;
 // From one column to the next in the ring: an odd number of pieces, so that neighbours lie in different banks.
 constexpr int kPitch = (kPieces | 1) * kPiece;
 constexpr int kCopiedColumns = kThreads / kPieces;
+// Outputs of a row, idle quads included, and what a thread stores of them.
+constexpr int kOutputs = kThreads / kWarp / kGroups * kQuads * kQuad;
+constexpr int kStores = kOutputs / kCopiedColumns;
 
 static_assert(sizeof(T) == 2, "tensor cores take 16-bit elements");
 static_assert(kStages >= 2, "a row is copied while another is read");
@@ -162,28 +165,43 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     finite = finite && widen(value) * 0.0f == 0.0f;
     staged[i] = value;
   }
+  // Rows of y on their way out: one that warps write while another, which is complete, is stored.
+  T* const lines_out = staged + kChannels * kTaps;
+  float* const biases = reinterpret_cast<float*>(lines_out + 2 * kOutputs * kPitch);
+#pragma unroll 1
+  for (int i = thread; i < kChannels; i += kThreads)
+    biases[i] = bias == nullptr || first_channel + i >= g.K ? 0.0f : widen(bias[first_channel + i]);
   const bool careful = __syncthreads_or(!finite);
 
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
   const int group = warp % kGroups;
-  const int k = first_channel + group * kVector;
   const T* const weights = staged + group * kVector * kTaps;
 
-  // Of the lane's two quads its column: where its window starts in a stage, and its outputs in y, or -1.
-  int window[2], output[2];
+  // Of the lane's two quads its column: where its window starts in a stage. Quads that the block does not have are zeros.
+  const int first_unit = warp / kGroups * kQuads + lane / kQuad;
+  int window[2];
   uint32 present[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int unit = warp / kGroups * kQuads + half * (kQuads / 2) + lane / kQuad;
+    const int unit = first_unit + half * (kQuads / 2);
     const int image = divide(unit, g.quads_magic);
     const int column = (unit - image * g.quads) * kQuad + lane % kQuad;
-    const int q = column_block * g.quads * kQuad + column;
-    // Quads that the block does not have look at its first columns.
-    window[half] = (image < g.images ? image * g.pixels + column : lane % kQuad) * kPitch + group * kVector;
-    const bool exists = image < g.images && first_image + image < g.N && q < g.Q && k < g.K;
-    output[half] = exists ? (image * g.P * g.Q + q) * g.K + k : -1;
-    present[half] = image < g.images ? 0xffffffffu : 0;
+    const bool exists = image < g.images;
+    window[half] = (exists ? image * g.pixels + column : 0) * kPitch + group * kVector;
+    present[half] = exists ? 0xffffffffu : 0;
+  }
+
+  // What the thread stores of every row: where it is in y, from the first column of the first image on, or -1.
+  int output[kStores];
+#pragma unroll
+  for (int i = 0; i < kStores; ++i) {
+    const int pixel = i * kCopiedColumns + own_pixel;
+    const int image = divide(pixel / kQuad, g.quads_magic);
+    const int q = column_block * g.quads * kQuad + pixel - image * g.quads * kQuad;
+    const int channel = first_channel + own_channel;
+    const bool exists = image < g.images && first_image + image < g.N && q < g.Q && channel < g.K;
+    output[i] = exists ? (image * g.P * g.Q + q) * g.K + channel : -1;
   }
 
   // What the lane has of b: columns 4 step + j of the window (j = lane % 4), in both channels of a pair, for the output and
@@ -203,41 +221,63 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       }
     }
 
-  float start[kVector];
-#pragma unroll
-  for (int e = 0; e < kVector; ++e) start[e] = bias == nullptr || k >= g.K ? 0.0f : widen(bias[k + e]);
-
-  T* const first_result = y + (static_cast<int64>(first_image) * g.P + p) * g.Q * g.K;
-  T* result = first_result;
+  T* result = y + (static_cast<int64>(first_image) * g.P + p) * g.Q * g.K;
   const int output_line = g.Q * g.K;
+  const int lines = inputs - kR + 1;
+  const int64 next_results = (static_cast<int64>(g.images) * g.P - lines) * output_line;
+  // Of the two rows on their way out the one to write, and whether the other is to be stored.
+  int line_out = 0;
+  bool complete = false;
+  int left_to_store = lines;
+  T* const own_outputs = lines_out + (warp / kGroups * kQuads * kQuad + lane) * kPitch + group * kVector;
   // NaN if any sum was.
   float probe[4] = {};
   // The stage that is read, and the one before, which is free for the next row.
   int stage = 0;
   int free_stage = (kStages - 1) * stage_size;
 
+  // Meets the other warps, and stores the row of y that they have written.
+  const auto store = [&] {
+    if (!complete) return;
+    complete = false;
+    result = ptx::as_it_is(result);
+    const T* const from = lines_out + (line_out ^ kOutputs * kPitch) + own_pixel * kPitch + own_channel;
+#pragma unroll
+    for (int i = 0; i < kStores; ++i)
+      if (output[i] >= 0)
+        *reinterpret_cast<Vector<uint32, 4>*>(result + output[i]) =
+            *reinterpret_cast<const Vector<uint32, 4>*>(from + i * (kCopiedColumns * kPitch));
+    result += output_line;
+    if (kTurns && --left_to_store == 0) {
+      result += next_results;
+      left_to_store = lines;
+    }
+  };
+
   const auto go = [&] {
     float sum[kR][kPairs][4];
     // A place takes over the sums of the one before it, and place 0 begins a row of outputs.
     const auto take_over = [&](int place, int pair) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[place][pair][e] = place > 0 ? sum[max(place - 1, 0)][pair][e] : start[pair * 2 + e % 2];
+      for (int e = 0; e < 4; ++e) sum[place][pair][e] = place > 0 ? sum[max(place - 1, 0)][pair][e] : 0.0f;
     };
-    const auto store = [&] {
-      result = ptx::as_it_is(result);
+    const auto write = [&] {
+      const float* const start = biases + group * kVector;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Vector<uint32, kPairs> words;
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
-          const float* const of_pair = &sum[kR - 1][pair][half * 2];
-          words.piece[pair] = narrow_pair(T{}, of_pair[0], of_pair[1]);
-          probe[half * 2] += of_pair[0];
-          probe[half * 2 + 1] += of_pair[1];
+          const float lower = sum[kR - 1][pair][half * 2] + start[pair * 2];
+          const float upper = sum[kR - 1][pair][half * 2 + 1] + start[pair * 2 + 1];
+          words.piece[pair] = narrow_pair(T{}, lower, upper);
+          probe[half * 2] += lower;
+          probe[half * 2 + 1] += upper;
         }
-        if (output[half] >= 0) *reinterpret_cast<Vector<uint32, kPairs>*>(result + output[half]) = words;
+        *reinterpret_cast<Vector<uint32, kPairs>*>(own_outputs + line_out + half * (kQuads / 2 * kQuad * kPitch)) = words;
       }
-      result += output_line;
+      line_out ^= kOutputs * kPitch;
+      complete = true;
     };
 #pragma unroll
     for (int place = 0; place < kR; ++place)
@@ -245,12 +285,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       for (int pair = 0; pair < kPairs; ++pair) take_over(place, pair);
     // Row t of outputs begins, or would, in place 0; that of place r is t - r. Before x there are only zeros to meet.
     int t = 0;
-    for (; t < before; ++t)
-      if (t >= kR - 1) store();
+    for (; t < before; ++t) {
+      __syncthreads();
+      store();
+      if (t >= kR - 1) write();
+    }
     for (; t < before + rows_of_x; ++t) {
       ptx::copy_async_wait<kStages - 2>();
       __syncthreads();
       copy(own_pieces + free_stage);
+      store();
       Vector<uint32, kPairs> value[kSteps][2];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step)
@@ -280,47 +324,48 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
           }
         }
       }
-      if (t >= kR - 1) store();
+      if (t >= kR - 1) write();
       free_stage = stage;
       stage += stage_size;
       if (stage == kStages * stage_size) stage = 0;
     }
     for (; t < inputs; ++t) {
+      __syncthreads();
+      store();
 #pragma unroll
       for (int place = kR - 1; place >= 0; --place)
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) take_over(place, pair);
-      if (t >= kR - 1) store();
+      if (t >= kR - 1) write();
     }
   };
-  const int64 next_results = (static_cast<int64>(g.images) * g.P - (inputs - kR + 1)) * output_line;
-  for (int turn = 0; turn < turns; ++turn) {
-    go();
-    result += next_results;
-  }
+  for (int turn = 0; turn < turns; ++turn) go();
   // Rows that no output met may still be on their way.
   ptx::copy_async_wait<0>();
-
   const float all = (probe[0] + probe[1]) + (probe[2] + probe[3]);
-  if (!careful && all == all) return;
+  const bool wrong = __syncthreads_or(all != all);
+  store();
+  if (!careful && !wrong) return;
+
 #pragma unroll 1
-  for (int i = 0; i < turns * (inputs - kR + 1) * 2 * kVector; ++i) {
-    const int e = i % kVector;
-    const int half = i / kVector % 2;
-    const int line_of_turns = i / kVector / 2;
-    const int turn = line_of_turns / (inputs - kR + 1);
-    const int t = line_of_turns - turn * (inputs - kR + 1);
-    const int offset = half ? output[1] : output[0];
-    if (offset < 0) continue;
-    T* const place = first_result + (static_cast<int64>(turn) * g.images * g.P + t) * output_line + offset + e;
-    const float found = widen(*place);
-    if (!careful && found == found) continue;
-    const int unit = warp / kGroups * kQuads + half * (kQuads / 2) + lane / kQuad;
-    const int image = divide(unit, g.quads_magic);
-    const int column = (unit - image * g.quads) * kQuad + lane % kQuad;
+  for (int item = 0; item < turns * lines * kStores; ++item) {
+    const int line_of_turns = item / kStores;
+    const int i = item - line_of_turns * kStores;
+    const int turn = line_of_turns / lines;
+    const int t = line_of_turns - turn * lines;
+    const int pixel = i * kCopiedColumns + own_pixel;
+    const int image = divide(pixel / kQuad, g.quads_magic);
+    const int q = column_block * g.quads * kQuad + pixel - image * g.quads * kQuad;
     const int64 n = first_image + static_cast<int64>(turn) * g.images + image;
-    const float begin = bias == nullptr ? 0.0f : widen(bias[k + e]);
-    *place = narrow<T>(convolve_one(g, x + n * g.H * line + k + e, weights + e * kTaps, first_row + t,
-                                    first_column + column, begin));
+    const int channel = first_channel + own_channel;
+    if (image >= g.images || n >= g.N || q >= g.Q || channel >= g.K) continue;
+    T* const place = y + ((n * g.P + p + t) * g.Q + q) * g.K + channel;
+#pragma unroll 1
+    for (int e = 0; e < kPiece; ++e) {
+      const float found = widen(place[e]);
+      if (!careful && found == found) continue;
+      place[e] = narrow<T>(convolve_one(g, x + n * g.H * line + channel + e, staged + (own_channel + e) * kTaps,
+                                        first_row + t, q - g.left, biases[own_channel + e]));
+    }
   }
 }

@@ -229,16 +229,25 @@ def _copies(g: Conv2dGeometry, tile: Tile) -> Any:
 
 
 def _shared_bytes(g: Conv2dGeometry, tile: Tile) -> Any:
-    """The ring of rows, and the weights of a block's channels."""
-    return tile.stages * tile.images * _pixels(g, tile) * _pitch(tile) + g.R * g.S * tile.channels * _SIZE
+    """The ring of rows, the weights and the bias of a block's channels, and two rows of outputs, idle quads included."""
+    ring = tile.stages * tile.images * _pixels(g, tile) * _pitch(tile)
+    outputs = 2 * tile.warps // tile.groups * _QUADS * _QUAD * _pitch(tile)
+    return ring + outputs + (g.R * g.S * _SIZE + 4) * tile.channels
 
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
-    """What ranks tiles."""
-    outputs = 1.0 * tile.rows * tile.quads * _QUAD * tile.images * tile.turns * tile.channels
+    """What ranks tiles: clocks of a multiprocessor for all of the outputs."""
     blocks = -(-g.K // tile.channels) * -(-g.Q // (tile.quads * _QUAD)) * -(-g.P // tile.rows)
     blocks = blocks * -(-g.N // (tile.images * tile.turns))
-    waste = outputs * blocks / g.y_size
-    again = (tile.rows + g.R - 1) / tile.rows
-    waves = blocks / (target.multiprocessors * tile.blocks)
-    return waste * (1 + 0.3 * (again - 1)) * np.ceil(waves) / waves * (1 + 0.2 / tile.turns)
+    blocks_of_one = blocks / target.multiprocessors
+    resident = np.minimum(tile.blocks, np.ceil(blocks_of_one)) * tile.warps
+    products = tile.vector / 2 * g.R * _steps(g) / 2
+    # Of a row: what a warp waits for, what the tensor cores take for all warps, and copies from afar.
+    row = np.maximum(400 + 7 * products * np.ceil(resident / 4), 1300 / (tile.stages - 1))
+    rows = np.minimum(tile.rows + g.R - 1, g.H)
+    block = 4000 + tile.turns * (rows + 0.2 * (tile.rows + g.R - 1 - rows)) * row
+    waves = blocks_of_one / tile.blocks
+    waves = np.where(waves < 4, np.ceil(waves), waves + 0.3)
+    busy = waves * block
+    memory = 0.111 * (g.y_size + g.x_size * (1 + 0.4 * ((tile.rows + g.R - 1) / tile.rows - 1))) / target.multiprocessors
+    return np.maximum(busy, memory) + 0.3 * np.minimum(busy, memory)
