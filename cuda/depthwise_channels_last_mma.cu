@@ -33,6 +33,7 @@ constexpr bool kTurned = CUCONV_TURNED;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kVector = CUCONV_VECTOR;
 constexpr int kGroups = CUCONV_GROUPS;
+constexpr int kBatch = CUCONV_BATCH;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kCopies = CUCONV_COPIES;
 constexpr bool kTurns = CUCONV_TURNS;
@@ -109,7 +110,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
 
   // What the thread copies of every row: where it is in x, from the first column of the first image on, or -1.
   T* const ring = reinterpret_cast<T*>(shared);
-  const int stage_size = g.images * g.pixels * kPitch;
+  const int row_size = g.images * g.pixels * kPitch;
+  const int stage_size = kBatch * row_size;
   const int own_pixel = thread / kPieces;
   const int own_channel = (thread - own_pixel * kPieces) * kPiece;
   T* const own_pieces = ring + own_pixel * kPitch + own_channel;
@@ -123,33 +125,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     const bool exists = image < g.images && first_image + image < g.N && within(column, g.W) && channel < g.K;
     copied[i] = exists ? (image * g.H * g.W + column) * g.K + channel : -1;
     if (!exists && image < g.images) {
-      for (int stage = 0; stage < kStages; ++stage)
-        *reinterpret_cast<Vector<uint32, 4>*>(own_pieces + stage * stage_size + i * (kCopiedColumns * kPitch)) = {};
+#pragma unroll 1
+      for (int i_row = 0; i_row < kStages * kBatch; ++i_row)
+        *reinterpret_cast<Vector<uint32, 4>*>(own_pieces + i_row * row_size + i * (kCopiedColumns * kPitch)) = {};
     }
   }
 
-  // A row of x on its way into the ring's stage at `to`, where the thread's pieces begin.
-  const int row_end = row + rows_of_x;
+  // Some rows of x on their way into the ring's stage at `to`, where the thread's pieces begin.
   const int line = g.W * g.K;
   const int64 next_images = static_cast<int64>(g.images) * g.H * line - static_cast<int64>(rows_of_x) * line;
   const T* source = x + (static_cast<int64>(first_image) * g.H + row) * line;
-  int copied_row = row;
   int left_to_copy = rows_of_x;
   int turns_to_copy = turns;
   const auto copy = [&](T* to) {
-    if (copied_row < row_end) {
+    const int count = min(kBatch, left_to_copy);
+#pragma unroll 1
+    for (int i_row = 0; i_row < count; ++i_row) {
       source = ptx::as_it_is(source);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i)
         if (copied[i] >= 0) ptx::copy_async<16>(to + i * (kCopiedColumns * kPitch), source + copied[i]);
+      source += line;
+      to += row_size;
     }
     ptx::copy_async_commit();
-    source += line;
-    ++copied_row;
-    if (kTurns && --left_to_copy == 0) {
+    left_to_copy -= count;
+    if (kTurns && count > 0 && left_to_copy == 0 && --turns_to_copy > 0) {
       source += next_images;
       left_to_copy = rows_of_x;
-      copied_row = --turns_to_copy > 0 ? row : row_end;
     }
   };
 #pragma unroll
@@ -165,12 +168,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     finite = finite && widen(value) * 0.0f == 0.0f;
     staged[i] = value;
   }
-  // Rows of y on their way out: one that warps write while another, which is complete, is stored.
-  T* const lines_out = staged + kChannels * kTaps;
-  float* const biases = reinterpret_cast<float*>(lines_out + 2 * kOutputs * kPitch);
-#pragma unroll 1
-  for (int i = thread; i < kChannels; i += kThreads)
-    biases[i] = bias == nullptr || first_channel + i >= g.K ? 0.0f : widen(bias[first_channel + i]);
   const bool careful = __syncthreads_or(!finite);
 
   const int warp = thread / kWarp;
@@ -225,9 +222,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int output_line = g.Q * g.K;
   const int lines = inputs - kR + 1;
   const int64 next_results = (static_cast<int64>(g.images) * g.P - lines) * output_line;
-  // Of the two rows on their way out the one to write, and whether the other is to be stored.
-  int line_out = 0;
-  bool complete = false;
+  // Rows of y on their way out, in a ring: those that warps write come behind those that they have written since they last
+  // met, which are stored when they meet again.
+  constexpr int kLine = kOutputs * kPitch;
+  T* const lines_out = staged + kChannels * kTaps;
+  int written_end = 0;
+  int stored_end = 0;
+  int written = 0;
   int left_to_store = lines;
   T* const own_outputs = lines_out + (warp / kGroups * kQuads * kQuad + lane) * kPitch + group * kVector;
   // NaN if any sum was.
@@ -236,48 +237,64 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   int stage = 0;
   int free_stage = (kStages - 1) * stage_size;
 
-  // Meets the other warps, and stores the row of y that they have written.
+  // Stores the rows of y that all warps have written.
   const auto store = [&] {
-    if (!complete) return;
-    complete = false;
-    result = ptx::as_it_is(result);
-    const T* const from = lines_out + (line_out ^ kOutputs * kPitch) + own_pixel * kPitch + own_channel;
+#pragma unroll 1
+    for (; written > 0; --written) {
+      result = ptx::as_it_is(result);
+      const T* const from = lines_out + stored_end + own_pixel * kPitch + own_channel;
 #pragma unroll
-    for (int i = 0; i < kStores; ++i)
-      if (output[i] >= 0)
-        *reinterpret_cast<Vector<uint32, 4>*>(result + output[i]) =
-            *reinterpret_cast<const Vector<uint32, 4>*>(from + i * (kCopiedColumns * kPitch));
-    result += output_line;
-    if (kTurns && --left_to_store == 0) {
-      result += next_results;
-      left_to_store = lines;
+      for (int i = 0; i < kStores; ++i)
+        if (output[i] >= 0)
+          *reinterpret_cast<Vector<uint32, 4>*>(result + output[i]) =
+              *reinterpret_cast<const Vector<uint32, 4>*>(from + i * (kCopiedColumns * kPitch));
+      result += output_line;
+      stored_end = stored_end + kLine < 2 * kBatch * kLine ? stored_end + kLine : 0;
+      if (kTurns && --left_to_store == 0) {
+        result += next_results;
+        left_to_store = lines;
+      }
     }
   };
+
+  float start[kVector];
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) {
+    const int channel = first_channel + group * kVector + e;
+    start[e] = bias == nullptr || channel >= g.K ? 0.0f : widen(bias[channel]);
+  }
 
   const auto go = [&] {
     float sum[kR][kPairs][4];
     // A place takes over the sums of the one before it, and place 0 begins a row of outputs.
     const auto take_over = [&](int place, int pair) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[place][pair][e] = place > 0 ? sum[max(place - 1, 0)][pair][e] : 0.0f;
+      for (int e = 0; e < 4; ++e) sum[place][pair][e] = place > 0 ? sum[max(place - 1, 0)][pair][e] : start[pair * 2 + e % 2];
     };
     const auto write = [&] {
-      const float* const start = biases + group * kVector;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Vector<uint32, kPairs> words;
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
-          const float lower = sum[kR - 1][pair][half * 2] + start[pair * 2];
-          const float upper = sum[kR - 1][pair][half * 2 + 1] + start[pair * 2 + 1];
-          words.piece[pair] = narrow_pair(T{}, lower, upper);
-          probe[half * 2] += lower;
-          probe[half * 2 + 1] += upper;
+          const float* const of_pair = &sum[kR - 1][pair][half * 2];
+          words.piece[pair] = narrow_pair(T{}, of_pair[0], of_pair[1]);
+          probe[half * 2] += of_pair[0];
+          probe[half * 2 + 1] += of_pair[1];
         }
-        *reinterpret_cast<Vector<uint32, kPairs>*>(own_outputs + line_out + half * (kQuads / 2 * kQuad * kPitch)) = words;
+        *reinterpret_cast<Vector<uint32, kPairs>*>(own_outputs + written_end + half * (kQuads / 2 * kQuad * kPitch)) =
+            words;
       }
-      line_out ^= kOutputs * kPitch;
-      complete = true;
+      written_end = written_end + kLine < 2 * kBatch * kLine ? written_end + kLine : 0;
+      ++written;
+    };
+    // The same where there is no row of x to wait for.
+    const auto make_room_and_write = [&] {
+      if (written == kBatch) {
+        __syncthreads();
+        store();
+      }
+      write();
     };
 #pragma unroll
     for (int place = 0; place < kR; ++place)
@@ -285,58 +302,59 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       for (int pair = 0; pair < kPairs; ++pair) take_over(place, pair);
     // Row t of outputs begins, or would, in place 0; that of place r is t - r. Before x there are only zeros to meet.
     int t = 0;
-    for (; t < before; ++t) {
-      __syncthreads();
-      store();
-      if (t >= kR - 1) write();
-    }
-    for (; t < before + rows_of_x; ++t) {
+    for (; t < before; ++t)
+      if (t >= kR - 1) make_room_and_write();
+    while (t < before + rows_of_x) {
       ptx::copy_async_wait<kStages - 2>();
       __syncthreads();
       copy(own_pieces + free_stage);
       store();
-      Vector<uint32, kPairs> value[kSteps][2];
+      const T* own_row = ring + stage;
+      const int end = min(t + kBatch, before + rows_of_x);
+#pragma unroll 1
+      for (; t < end; ++t) {
+        Vector<uint32, kPairs> value[kSteps][2];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step)
+        for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          value[step][half] = *reinterpret_cast<const Vector<uint32, kPairs>*>(ring + stage + window[half] +
-                                                                               step * (kQuad * kPitch));
-      // A pair's part of the row is brought together for one pair after the other, and then meets all rows of outputs.
+          for (int half = 0; half < 2; ++half)
+            value[step][half] = *reinterpret_cast<const Vector<uint32, kPairs>*>(own_row + window[half] +
+                                                                                 step * (kQuad * kPitch));
+        // A pair's part of the row is brought together for one pair after the other, and then meets all rows of outputs.
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
+        for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-        for (int place = kR - 1; place >= 0; --place) take_over(place, pair);
+          for (int place = kR - 1; place >= 0; --place) take_over(place, pair);
 #pragma unroll
-        for (int step = 0; step < kSteps; step += 2) {
-          if (step + 1 < kSteps) {
-            const uint32 a[4] = {value[step][0].piece[pair] & present[0], value[step][1].piece[pair] & present[1],
-                                 value[step + 1][0].piece[pair] & present[0], value[step + 1][1].piece[pair] & present[1]};
+          for (int step = 0; step < kSteps; step += 2) {
+            if (step + 1 < kSteps) {
+              const uint32 a[4] = {value[step][0].piece[pair] & present[0], value[step][1].piece[pair] & present[1],
+                                   value[step + 1][0].piece[pair] & present[0], value[step + 1][1].piece[pair] & present[1]};
 #pragma unroll
-            for (int place = kR - 1; place >= 0; --place) {
-              const uint32 taps[2] = {b[place][pair][step], b[place][pair][step + 1]};
-              multiply(T{}, sum[place][pair], a, taps);
+              for (int place = kR - 1; place >= 0; --place) {
+                const uint32 taps[2] = {b[place][pair][step], b[place][pair][step + 1]};
+                multiply(T{}, sum[place][pair], a, taps);
+              }
+            } else {
+              const uint32 a[2] = {value[step][0].piece[pair] & present[0], value[step][1].piece[pair] & present[1]};
+#pragma unroll
+              for (int place = kR - 1; place >= 0; --place) multiply(T{}, sum[place][pair], a, b[place][pair][step]);
             }
-          } else {
-            const uint32 a[2] = {value[step][0].piece[pair] & present[0], value[step][1].piece[pair] & present[1]};
-#pragma unroll
-            for (int place = kR - 1; place >= 0; --place) multiply(T{}, sum[place][pair], a, b[place][pair][step]);
           }
         }
+        if (t >= kR - 1) write();
+        own_row += row_size;
       }
-      if (t >= kR - 1) write();
       free_stage = stage;
       stage += stage_size;
       if (stage == kStages * stage_size) stage = 0;
     }
     for (; t < inputs; ++t) {
-      __syncthreads();
-      store();
 #pragma unroll
       for (int place = kR - 1; place >= 0; --place)
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) take_over(place, pair);
-      if (t >= kR - 1) write();
+      if (t >= kR - 1) make_room_and_write();
     }
   };
   for (int turn = 0; turn < turns; ++turn) go();
@@ -365,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       const float found = widen(place[e]);
       if (!careful && found == found) continue;
       place[e] = narrow<T>(convolve_one(g, x + n * g.H * line + channel + e, staged + (own_channel + e) * kTaps,
-                                        first_row + t, q - g.left, biases[own_channel + e]));
+                                        first_row + t, q - g.left, bias == nullptr ? 0.0f : widen(bias[channel + e])));
     }
   }
 }

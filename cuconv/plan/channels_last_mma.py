@@ -34,12 +34,13 @@ _QUAD, _QUADS = 4, 16
 # Channels of a copy.
 _PIECE = VECTOR_BYTES // _SIZE
 _VECTORS = (8, 4)
-_STAGES = (3, 4, 6)
+# Rows of x between barriers, and how many times as many are in the ring.
+_BATCHES = ((1, 4), (2, 2), (2, 3), (4, 2), (4, 3), (7, 2))
 _STRIPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 _PIECES = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 _IMAGES = (1, 2, 4, 8, 16)
 _TURNS = (1, 2, 4, 8)
-_CHANNELS = (16, 32, 64, 128)
+_CHANNELS = (16, 24, 32, 40, 48, 64, 80, 96, 128)
 _MAX_WARPS = 16
 _MAX_COPIES = 8
 # What a thread needs beside sums, weights, a row of x and the bias.
@@ -59,6 +60,7 @@ class Tile:
     quads: int
     images: int
     turns: int
+    batch: int
     stages: int
     blocks: int
 
@@ -130,6 +132,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("BLOCKS", tile.blocks),
             ("VECTOR", tile.vector),
             ("GROUPS", tile.groups),
+            ("BATCH", tile.batch),
             ("STAGES", tile.stages),
             ("COPIES", int(_copies(g, tile))),
             ("TURNS", int(tile.turns > 1)),
@@ -169,8 +172,9 @@ def _table(g: Conv2dGeometry, target: Target) -> tuple[Tile, Any]:
     vector = axis_of(_VECTORS, 4)
     channels = axis_of(_channel_choices(g.K), 3)
     quads = axis_of(sorted({-(-all_quads // strips) for strips in _STRIPS}), 2)
-    images, stages = axis_of(_IMAGES, 1), axis_of(_STAGES, 0)
-    bare = Tile(vector, channels // vector, 1, quads, images, 1, stages, 1)
+    images = axis_of(_IMAGES, 1)
+    batch, stages = (axis_of(of_both, 0) for of_both in zip(*_BATCHES, strict=True))
+    bare = Tile(vector, channels // vector, 1, quads, images, 1, batch, stages, 1)
     fits = (
         ((images == 1) | (quads == all_quads) & (images <= g.N))
         & (bare.warps <= _MAX_WARPS)
@@ -193,7 +197,7 @@ def _channel_choices(K: int) -> list[int]:
     choices = set()
     for most in _CHANNELS:
         divisor = max((n for n in whole if n <= most), default=0)
-        if divisor > 0.7 * most:
+        if divisor > 0.8 * most:
             choices.add(divisor)
         elif most < K:
             choices.add(most)
@@ -229,10 +233,10 @@ def _copies(g: Conv2dGeometry, tile: Tile) -> Any:
 
 
 def _shared_bytes(g: Conv2dGeometry, tile: Tile) -> Any:
-    """The ring of rows, the weights and the bias of a block's channels, and two rows of outputs, idle quads included."""
-    ring = tile.stages * tile.images * _pixels(g, tile) * _pitch(tile)
-    outputs = 2 * tile.warps // tile.groups * _QUADS * _QUAD * _pitch(tile)
-    return ring + outputs + (g.R * g.S * _SIZE + 4) * tile.channels
+    """The ring of rows, the weights of a block's channels, and the rows of outputs, idle quads included."""
+    ring = tile.stages * tile.images * _pixels(g, tile)
+    outputs = 2 * tile.warps // tile.groups * _QUADS * _QUAD
+    return (ring + outputs) * tile.batch * _pitch(tile) + g.R * g.S * tile.channels * _SIZE
 
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
@@ -243,7 +247,9 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     resident = np.minimum(tile.blocks, np.ceil(blocks_of_one)) * tile.warps
     products = tile.vector / 2 * g.R * _steps(g) / 2
     # Of a row: what a warp waits for, what the tensor cores take for all warps, and copies from afar.
-    row = np.maximum(400 + 7 * products * np.ceil(resident / 4), 1300 / (tile.stages - 1))
+    row = np.maximum(
+        200 + 300 / tile.batch + 7 * products * np.ceil(resident / 4), 1300 / tile.batch / (tile.stages - 1)
+    )
     rows = np.minimum(tile.rows + g.R - 1, g.H)
     block = 4000 + tile.turns * (rows + 0.2 * (tile.rows + g.R - 1 - rows)) * row
     waves = blocks_of_one / tile.blocks
