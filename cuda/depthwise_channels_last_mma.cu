@@ -5,22 +5,25 @@
 // of x from a quad's first tap on, each in two channels, and its columns the quad's outputs in these two. So b has the
 // weight of a tap where column, output and channel fit together, and zeros elsewhere. Nothing is transposed: lane 4 i + j
 // of a warp holds two channels of column j of the windows of quads i and i + 8, as they lie in memory, and gets two
-// channels of output j of both; of a few products for neighbouring channels it loads and stores one vector.
+// channels of output j of both; of two products for neighbouring channels it loads and writes one vector.
 //
-// A block makes quads of a few images, all at the same rows, of some neighbouring channels; a warp 16 quads of a vector
-// of channels. The rows of x that they need pass one after the other through a ring in shared memory, copied there
-// several rows ahead, each element once a block, and with zeros for the columns that x does not have; behind the last row
-// of some images come, without a pause, those of the images that the block makes next. A warp meets a row with all rows
-// of outputs that need it; their sums are in the order in which they need the row, and each moves on by one place a row.
+// A block makes quads of a few images, all at the same rows, of some neighbouring channels; a warp 16 quads of 4 of them.
+// The rows of x that they need pass through a ring in shared memory, a batch of rows at a time, copied there ahead, each
+// element once a block, and with zeros for the columns that x does not have; behind the last row of some images come,
+// without a pause, those of the images that the block makes next. A warp meets a row with all rows of outputs that need
+// it; their sums are in the order in which they need the row, and each moves on by one place a row, which its first
+// product does without a move. Rows of y leave through shared memory too, a batch later, so that all channels of a block
+// leave together.
 //
 // Rows of x in the padding are passed over, where a weight that is not finite would have made NaN; and the zeros of b make
 // NaN of an infinity or NaN in another channel or beside the taps. Nothing else can make a sum both wrong and not NaN:
-// where a sum is NaN, it is made again in the end, tap by tap; where a weight of the block is not finite, all are.
+// where a sum of the block is NaN, those that are are made again in the end, tap by tap; where a weight of the block is
+// not finite, all are.
 //
-// Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold); VECTOR
-// (channels of a warp: they divide K, and y starts at a multiple of them); GROUPS (vectors of a block); STAGES (rows of
-// the ring); COPIES (of a thread and row, 16 bytes each: they divide a pixel's and a block's channels, and x starts at a
-// multiple of them); TURNS (whether a block makes images in several turns).
+// Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold); GROUPS
+// (of 4 channels, of a block); BATCH (rows of x between barriers); STAGES (batches of the ring); COPIES (of a thread and
+// row, 16 bytes each: they divide a pixel's and a block's channels, and x and y start at multiples of them); TURNS
+// (whether a block makes images in several turns).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "products.cuh"
@@ -31,7 +34,6 @@ constexpr int kR = CUCONV_R;
 constexpr int kS = CUCONV_S;
 constexpr bool kTurned = CUCONV_TURNED;
 constexpr int kThreads = CUCONV_THREADS;
-constexpr int kVector = CUCONV_VECTOR;
 constexpr int kGroups = CUCONV_GROUPS;
 constexpr int kBatch = CUCONV_BATCH;
 constexpr int kStages = CUCONV_STAGES;
@@ -39,6 +41,8 @@ constexpr int kCopies = CUCONV_COPIES;
 constexpr bool kTurns = CUCONV_TURNS;
 
 constexpr int kTaps = kR * kS;
+// Channels of a warp: of twice as many, sums and weights of 7x7 taps do not fit registers.
+constexpr int kVector = 4;
 constexpr int kChannels = kGroups * kVector;
 constexpr int kPairs = kVector / 2;
 constexpr int kWarp = 32;
@@ -186,6 +190,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     const int column = (unit - image * g.quads) * kQuad + lane % kQuad;
     const bool exists = image < g.images;
     window[half] = (exists ? image * g.pixels + column : 0) * kPitch + group * kVector;
+    // Anded with what is loaded, it also brings the words of a into neighbouring registers; the compiler would do so anew,
+    // by moves, for every product.
     present[half] = exists ? 0xffffffffu : 0;
   }
 

@@ -127,8 +127,8 @@ _IMAGES = {
     "4x4_much_padding": ((2, 2, 4, 4), (2, 1, 2, 2), (1, 1), ((6, 7), (5, 9)), (1, 1)),
 }
 
-# What only quads of columns branch on: windows of one to four pieces of them, quads that fill no warp, of one image and of
-# several, rows that are no whole quads, channels that fill no block, padding that some or all of their rows are.
+# What only quads of columns branch on: windows of one to four pieces of them, quads that fill no warp, of one image and
+# of several, rows that are no whole quads, channels that fill no block, padding that some or all of their rows are.
 _QUADS = {
     "3x1_quads": ((3, 8, 9, 8), (8, 1, 3, 1), (1, 1), ((0, 0), (1, 0)), (1, 1)),
     "3x4_quads": ((2, 16, 12, 33), (16, 1, 3, 4), (1, 1), ((0, 0), (0, 0)), (1, 1)),

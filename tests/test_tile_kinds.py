@@ -381,21 +381,21 @@ def test_channels_last_staged(device, rng, turned, dtype, kernel, numbers):
     [(False, "float16", (3, 2)), (True, "bfloat16", (5, 5)), (False, "bfloat16", (3, 7)), (True, "float16", (2, 10))],
 )
 def test_channels_last_mma(device, rng, turned, dtype, kernel):
-    """Every vector and number of stages, one and several blocks of columns, warps of quads and images, few and all rows,
-    and infinities and NaN, whose neighbours are to stay as they are."""
+    """Every number of rows between barriers and of stages, one and several blocks of columns, warps of quads and images,
+    few and all rows, and infinities and NaN, whose neighbours are to stay as they are."""
     x, w, bias = oracle.random_arrays(rng, (4, 24, 11, 38), (24, 1, *kernel), dtype)
     g = depthwise_geometry(x.shape, w.shape, padding=((1, 2), (1, 1)), channels_last=True)
     dy = random_dy(rng, g, dtype)
     of_tile = runs.dense_dgrad_as_forward(g) if turned else g
 
     def kinds(tile):
-        yield from fields(tile, "vector", "stages", "turns", "images")
+        yield from fields(tile, "batch", "stages", "turns", "images")
         yield "block", tile.quads * 4 < g.Q, tile.warps > tile.groups, tile.channels < g.K, g.K % tile.channels > 0
         yield "rows", min(tile.rows, 3), tile.rows >= of_tile.P
 
     choices = list(channels_last_mma.tiles(of_tile, device.target))
     chosen = list(each_kind_once(choices, kinds))
-    assert {tile.vector for tile in chosen} == {4, 8}
+    assert {tile.batch for tile in chosen} == {1, 2, 4}
     for array in (x, dy):
         array[0, 1, 3, 3] = array[-1, 8, 0, 0] = np.inf
         array[1, 6, 4, 5] = np.nan

@@ -86,6 +86,7 @@ _BEATS_OTHERS = {
     "images": images.beats_others,
     "toeplitz": toeplitz.beats_others,
     "channels_last": channels_last.beats_others,
+    "channels_last_mma": channels_last_mma.beats_others,
 }
 _BEATS_OTHERS_OF_WGRAD = {"pairs": wgrad_pairs.beats_others, "diagonals": wgrad_diagonals.beats_others}
 
