@@ -381,8 +381,8 @@ def test_channels_last_staged(device, rng, turned, dtype, kernel, numbers):
     [(False, "float16", (3, 2)), (True, "bfloat16", (5, 5)), (False, "bfloat16", (3, 7)), (True, "float16", (2, 10))],
 )
 def test_channels_last_mma(device, rng, turned, dtype, kernel):
-    """Every number of rows between barriers and of stages, one and several blocks of columns, warps of quads and images,
-    few and all rows, and infinities and NaN, whose neighbours are to stay as they are."""
+    """Every number of rows between barriers and of stages, one and several blocks of columns, warps of quads and
+    images, few and all rows, and infinities and NaN, whose neighbours are to stay as they are."""
     x, w, bias = oracle.random_arrays(rng, (4, 24, 11, 38), (24, 1, *kernel), dtype)
     g = depthwise_geometry(x.shape, w.shape, padding=((1, 2), (1, 1)), channels_last=True)
     dy = random_dy(rng, g, dtype)
