@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from cuconv import plan
 from cuconv.geometry import Conv2dGeometry, depthwise_geometry
-from cuconv.plan import base, channels_last, channels_last_staged, runs, tiles, toeplitz, wgrad_diagonals
+from cuconv.plan import (
+    base,
+    channels_last,
+    channels_last_mma,
+    channels_last_staged,
+    runs,
+    tiles,
+    toeplitz,
+    wgrad_diagonals,
+)
 
 H200, RTX_5090, T4 = plan.TARGETS[90], plan.TARGETS[120], plan.TARGETS[75]
 
@@ -121,6 +130,21 @@ def test_the_default_of_channels_last():
         for make in PASSES:
             assert make(g, dtype, H200).source == f"depthwise_channels_last{'_staged' * staged}"
         assert plan.depthwise_wgrad(g, dtype, True, H200).source == "depthwise_wgrad_channels_last_staged"
+    # Of many taps on tensor cores.
+    for kernel, dtype, aligned, channels, chosen in (
+        ((5, 5), "float16", True, 64, "mma"),
+        ((3, 9), "bfloat16", True, 64, "mma"),
+        ((7, 7), "bfloat16", True, 200, "mma"),
+        ((5, 5), "float32", True, 64, "staged"),
+        ((5, 5), "float16", False, 64, "channels_last"),
+        ((5, 5), "float16", True, 68, "staged"),
+        ((4, 4), "float16", True, 64, "staged"),
+        ((2, 20), "float16", True, 64, "staged"),
+    ):
+        g = geometry((16, channels, 28, 28), (channels, 1, *kernel), padding=kernel[0] // 2, **last)
+        for make in PASSES:
+            assert make(g, dtype, H200, None, aligned).source.endswith(chosen)
+        assert plan.depthwise_forward(g, dtype, T4, None, aligned).source == "depthwise_channels_last"
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15, **last)
     assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
     multiplied = geometry((2, 3, 9, 12), (6, 1, 3, 2), **last)
@@ -523,6 +547,26 @@ def test_the_number_of_channels_last_variants_is_bounded():
     assert seen["DEPTH"] <= set(channels_last._DEPTHS)
     assert seen["VECTOR"] <= {1, 2, 4}
     assert all(len(values) <= 2 for name, values in seen.items() if name not in ("COLUMNS", "DEPTH", "VECTOR")), seen
+
+
+def test_the_number_of_variants_on_quads_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for padding, make in product((0, 2, 9), PASSES):
+        for _ in range(30):
+            n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
+            g = geometry((n, 8 * c, h + 5, w + 5), (8 * c, 1, 5, 5), padding=padding, channels_last=True)
+            chosen = make(g, "float16", H200, "channels_last_mma")
+            for name, value in chosen.defines:
+                seen.setdefault(name, set()).add(value)
+    mma = channels_last_mma
+    assert seen.pop("BATCH") <= {batch for batch, _ in mma._BATCHES}
+    assert seen.pop("STAGES") <= {stages for _, stages in mma._BATCHES}
+    assert seen.pop("GROUPS") <= set(range(2, mma._CHANNELS[-1] // 4 + 1, 2))
+    assert seen.pop("THREADS") <= set(range(64, 32 * mma._MAX_WARPS + 1, 64))
+    assert seen.pop("BLOCKS") <= set(range(1, 33))
+    assert seen.pop("COPIES") <= set(range(1, mma._MAX_COPIES + 1))
+    assert all(len(values) <= 2 for values in seen.values()), seen
 
 
 def test_the_number_of_staged_variants_is_bounded():

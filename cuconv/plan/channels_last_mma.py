@@ -42,6 +42,7 @@ _PIECES = (1, 2, 4, 8, 16, 64)
 _IMAGES = (1, 2, 4, 8, 16)
 _TURNS = (1, 2, 4)
 _CHANNELS = (16, 32, 48, 64, 80)
+# Of a block, and of a multiprocessor.
 _MAX_WARPS = 20
 _MAX_COPIES = 8
 # What a thread needs beside sums, weights, a row of x and the bias: less, and the compiler spills; more, and it
@@ -197,7 +198,7 @@ def _table(g: Conv2dGeometry, target: Target) -> tuple[Tile, Any]:
     rows = axis_of(sorted({-(-g.P // pieces) for pieces in _PIECES}), 1)
     registers = np.minimum(_MAX_REGISTERS, _registers(g, beside))
     # The four parts of a multiprocessor share registers out by warps.
-    most = 4 * (512 // (-(-registers // 8) * 8)) // bare.warps
+    most = np.minimum(_MAX_WARPS, 4 * (512 // (-(-registers // 8) * 8))) // bare.warps
     most = np.minimum(most, target.shared_per_multiprocessor // (_shared_bytes(g, bare) + SHARED_RESERVE))
     fits = (
         (most > 0)
