@@ -33,9 +33,8 @@ REGISTER_BUDGET_IMAGES = 255
 SPILL_BUDGET_IMAGES = 16
 # 7x7 has 56 sums and 42 registers of weights, in three blocks of 4 warps or fewer.
 REGISTER_BUDGET_QUADS = 184
-# A few words, where a fifth block fits: of 5x5 on 7x7 it makes 43 % of the floor of 39. Its registers are counted for
-# sm_90a: elsewhere there are more of them.
-SPILL_BUDGET_QUADS, SPILL_BUDGET_QUADS_ELSEWHERE = 16, 80
+# A few words on sm_90a, where a fifth block fits: of 5x5 on 7x7 it makes 43 % of the floor of 39.
+SPILL_BUDGET_QUADS = 16
 # Bytes a thread: sums over multiplied channels in float64 keep one of their weights in memory on sm_100, and patches of
 # 4x7 without vectors a word on sm_120. In the tile that was the fastest of those measured, the gradient at dilation 12
 # in bfloat16 keeps two addresses there.
@@ -164,7 +163,7 @@ def test_quads_compile_within_their_budget(case, architecture):
             kinds[tile.blocks * tile.warps // 4, tile.batch, tile.turns > 1] = tile
     for tile in kinds.values():
         resources = kernels.compile_only(channels_last_mma.tile_plan(g, "bfloat16", tile), architecture)
-        budget = SPILL_BUDGET_QUADS if architecture == MEASURED else SPILL_BUDGET_QUADS_ELSEWHERE
+        budget = SPILL_BUDGET_QUADS if architecture == MEASURED else 0
         assert resources.spill_bytes <= budget, f"{tile} spills {resources.spill_bytes} bytes"
         assert resources.registers <= REGISTER_BUDGET_QUADS, f"{tile} takes {resources.registers}"
 

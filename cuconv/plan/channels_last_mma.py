@@ -45,8 +45,8 @@ _CHANNELS = (16, 32, 48, 64, 80)
 # Of a block, and of a multiprocessor.
 _MAX_WARPS = 20
 _MAX_COPIES = 8
-# What a thread needs beside sums, weights, a row of x and the bias: less, and the compiler spills; more, and it
-# schedules better.
+# What a thread needs beside sums, weights, a row of x and the bias: on sm_90 less, and the compiler spills; more, and
+# it schedules better.
 _REGISTERS_BESIDE = (24, 44)
 _MAX_REGISTERS = 255
 
@@ -194,7 +194,8 @@ def _table(g: Conv2dGeometry, target: Target) -> tuple[Tile, Any]:
         & (_shared_bytes(g, bare) <= target.shared_per_block - SHARED_RESERVE)
     )
     bare = those_of(bare, fits, 3)
-    beside, turns = axis_of(_REGISTERS_BESIDE, 2), axis_of(_TURNS, 0)
+    beside = axis_of(_REGISTERS_BESIDE if target.architecture == 90 else _REGISTERS_BESIDE[-1:], 2)
+    turns = axis_of(_TURNS, 0)
     rows = axis_of(sorted({-(-g.P // pieces) for pieces in _PIECES}), 1)
     registers = np.minimum(_MAX_REGISTERS, _registers(g, beside))
     # The four parts of a multiprocessor share registers out by warps.
