@@ -16,7 +16,7 @@ from cuconv import kernels, plan
 
 # All just beyond 2^31 elements of x and of y.
 SHAPES = {"one_plane": (1, 1, 1_074_000, 2000), "many_planes": (46_400, 725, 8, 8)}
-CHANNELS_LAST_SHAPES = {"one_image": (1, 40, 26_850, 2000), "many_images": (46_400, 726, 8, 8)}
+CHANNELS_LAST_SHAPES = {"one_image": (1, 40, 26_850, 2000), "many_images": (46_400, 728, 8, 8)}
 
 
 @pytest.fixture

@@ -269,8 +269,8 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     products = g.R * _steps(g)
     # A row by one warp alone, and by all warps in turn, which are the later at the barrier the more they are; and what
     # is under way from afar in the meantime.
-    alone = 310 + 130 / tile.batch + 3.2 * products
-    row = np.maximum(alone, resident / 4 * (54 + 7.3 * products)) * (1 + 0.13 * np.log2(tile.warps / 4 + 1))
+    by_one = 310 + 130 / tile.batch + 3.2 * products
+    row = np.maximum(by_one, resident / 4 * (54 + 7.3 * products)) * (1 + 0.13 * np.log2(tile.warps / 4 + 1))
     row = np.maximum(row, 1400 / (tile.batch * (tile.stages - 1)))
     inputs = tile.rows + g.R - 1
     of_x = np.minimum(inputs, g.H)
@@ -279,7 +279,10 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     busy = (2400 + 63 * resident + tile.turns * turn) * np.where(waves < 4, np.ceil(waves), waves + 0.27)
     # Short runs of memory take longer, and rows that blocks below each other need are read again.
     memory = 0.111 * (g.y_size + g.x_size * (1 + 0.08 * (inputs / tile.rows - 1))) / target.multiprocessors
-    memory = memory * (1 + 0.15 * np.log2(np.maximum(1, 64 / tile.channels)))
-    # Of one image two rows at a time were the best, of several four.
-    batch = 1 + 0.002 * np.where(tile.images > 1, 4 - tile.batch, abs(tile.batch - 2))
-    return (np.maximum(busy, memory) + 0.37 * np.minimum(busy, memory) + 7000) * batch
+    memory = memory * (1 + 0.1 * np.log2(np.maximum(1, 64 / tile.channels)))
+    # Barriers are far apart where many warps meet, and near where images have few rows.
+    apart = np.where(tile.warps > 4, 2, 0.6) * (of_x >= 14)
+    batch = 1 + 0.02 * abs(np.log2(tile.batch) - apart)
+    # A launch begins and ends, and blocks hide a part of it for each other.
+    alone = 5500 + 1500 / np.minimum(tile.blocks, np.ceil(blocks))
+    return (np.maximum(busy, memory) + 0.37 * np.minimum(busy, memory) + alone) * batch
