@@ -78,9 +78,9 @@ class Tile:
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
     """Where this takes less time than depthwise_channels_last_staged.
 
-    On an H200, percent of the floor by this and by the other in float16: 5x5 on 28x28 66 and 55, on 56x56 66 and 53, on
-    256x256 76 and 57, on 7x7 43 and 41, on 14x14 53 and 53; 7x7 on 56x56 57 and 36, on 28x28 50 and 32, on 14x14 41 and
-    34; 3x3 on 28x28 62 and 71.
+    On an H200, percent of the floor by this and by the other in float16: 5x5 on 28x28 66 and 55, on 56x56 64 and 53, on
+    256x256 76 and 57, on 7x7 45 and 41, on 14x14 53 and 53; 7x7 on 56x56 58 and 36, on 28x28 50 and 32, on 14x14 41 and
+    35; 3x9 on 28x28 34 and 29; 3x3 on 28x28 62 and 71.
     """
     many_taps = _MANY_TAPS <= g.R * g.S <= MAX_TAPS and min(g.R, g.S) > 2
     return g.channels_last and DTYPES[dtype][1] == _SIZE and many_taps
@@ -260,8 +260,8 @@ def _shared_bytes(g: Conv2dGeometry, tile: Tile) -> Any:
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> Any:
     """What ranks tiles: clocks of a multiprocessor for all of the outputs.
 
-    The weights were fitted to the times of 900 tiles (12 cases in float16 on an H200): of those measured, the tile of
-    least cost takes 2 % longer than the fastest on average, and at most 6 %.
+    The weights were fitted to the times of 500 tiles (18 cases in float16 on an H200): of those measured, the tile of
+    least cost takes 2 % longer than the fastest on average, and at most 13 %, of 8 images.
     """
     of_an_image = -(-g.K // tile.channels) * -(-g.Q // (tile.quads * _QUAD)) * -(-g.P // tile.rows)
     blocks = of_an_image * -(-g.N // (tile.images * tile.turns)) / target.multiprocessors
