@@ -176,6 +176,19 @@ __device__ __forceinline__ void multiply_bfloat16s(float (&sum)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Likewise with the first 8 columns of a and rows of b alone.
+__device__ __forceinline__ void multiply_halves(float (&sum)[4], const uint32 (&a)[2], uint32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+__device__ __forceinline__ void multiply_bfloat16s(float (&sum)[4], const uint32 (&a)[2], uint32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 #endif  // sm_80
 
 #if __CUDA_ARCH__ >= 900

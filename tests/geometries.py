@@ -127,6 +127,18 @@ _IMAGES = {
     "4x4_much_padding": ((2, 2, 4, 4), (2, 1, 2, 2), (1, 1), ((6, 7), (5, 9)), (1, 1)),
 }
 
+# What only quads of columns branch on: windows of one to four pieces of them, quads that fill no warp, of one image and
+# of several, rows that are no whole quads, channels that fill no block, padding that some or all of their rows are.
+_QUADS = {
+    "3x1_quads": ((3, 8, 9, 8), (8, 1, 3, 1), (1, 1), ((0, 0), (1, 0)), (1, 1)),
+    "3x4_quads": ((2, 16, 12, 33), (16, 1, 3, 4), (1, 1), ((0, 0), (0, 0)), (1, 1)),
+    "5x5_quads": ((9, 24, 7, 7), (24, 1, 5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "5x4_much_padding": ((4, 32, 7, 6), (32, 1, 5, 4), (1, 1), ((9, 0), (0, 7)), (1, 1)),
+    "7x7_quads": ((2, 40, 14, 15), (40, 1, 7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+    "2x13_quads": ((2, 8, 4, 90), (8, 1, 2, 13), (1, 1), ((1, 0), (6, 6)), (1, 1)),
+    "136_channels": ((1, 136, 5, 6), (136, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+}
+
 
 def _geometries(table):
     return {
@@ -135,10 +147,19 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES)
+GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES | _QUADS)
 # As rows of images they need more products than registers hold.
 _TOO_MANY_PRODUCTS = [
-    GEOMETRIES[name] for name in ("large_kernel_dilated", "56_wide", "51x5_channels", "2x6_asymmetric", "31x31_narrow")
+    GEOMETRIES[name]
+    for name in (
+        "large_kernel_dilated",
+        "56_wide",
+        "51x5_channels",
+        "2x6_asymmetric",
+        "31x31_narrow",
+        "3x4_quads",
+        "7x7_quads",
+    )
 ]
 
 LAYOUTS = ("nchw", "nhwc")
@@ -178,9 +199,9 @@ def suits(variant, direction, g, dtype):
         narrow = max(g.W, g.Q) <= 120 and (g.S - 1) * g.dilation[1] + 7 >= g.padding[1][0]
         takes = nchw and dtype in HALVES and not multiplied and g.stride[1] == 1
         return direction == "wgrad" and takes and whole and narrow
-    if variant == "channels_last_mma":
+    if variant == "channels_last_mma" and direction == "wgrad":
         takes = dtype in HALVES and not multiplied and g.stride == (1, 1) and g.C % 8 == 0
-        return direction == "wgrad" and not nchw and few_taps and takes
+        return not nchw and few_taps and takes
     if variant == "channels_last_runs":
         return not nchw and few_taps and dense and dtype != "float64" and not multiplied
     if direction == "wgrad":
@@ -208,6 +229,12 @@ def suits(variant, direction, g, dtype):
     if variant == "channels_last_staged":
         words = dtype == "float32" or (dtype in HALVES and g.C % 2 == 0)
         return not nchw and few_taps and words and not multiplied and (forward or g.stride == (1, 1))
+    if variant == "channels_last_mma":
+        # Of four channels the registers for sums and weights; all columns that a quad needs, in pieces of four.
+        steps = (g.S + 6) // 4
+        held = g.R * (4 + steps) + 2 * steps <= 103
+        takes = dtype in HALVES and dense and few_taps and not multiplied and g.C % 8 == 0 and held
+        return not nchw and direction != "wgrad" and takes
     assert variant == "channels_last"
     simple = g.stride == (1, 1) or (max(g.stride) <= 2 and g.dilation == (1, 1))
     return not nchw and few_taps and (forward or (simple and not multiplied))
@@ -245,6 +272,8 @@ _FEW = (
     "7x7_planes",
     "14x14_planes",
     "51x5_channels",
+    "5x5_quads",
+    "7x7_quads",
 )
 
 
@@ -255,6 +284,7 @@ def cases(direction):
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
         of_variant = names[layout] | (_IMAGES if variant == "images" else {})
         of_variant |= _TENSOR_WGRAD if variant in ("diagonals", "pairs") else {}
+        of_variant |= _QUADS if variant == "channels_last_mma" else {}
         for name in of_variant if dtype in _MAIN_DTYPES[variant] else filter(of_variant.__contains__, _FEW):
             g = replace(GEOMETRIES[name], channels_last=layout == "nhwc")
             if layout == "nhwc" and not all(map(tells_layout, _read(direction, g))):

@@ -16,7 +16,7 @@ from cuconv import kernels, plan
 
 # All just beyond 2^31 elements of x and of y.
 SHAPES = {"one_plane": (1, 1, 1_074_000, 2000), "many_planes": (46_400, 725, 8, 8)}
-CHANNELS_LAST_SHAPES = {"one_image": (1, 40, 26_850, 2000), "many_images": (46_400, 726, 8, 8)}
+CHANNELS_LAST_SHAPES = {"one_image": (1, 40, 26_850, 2000), "many_images": (46_400, 728, 8, 8)}
 
 
 @pytest.fixture
@@ -100,7 +100,9 @@ def test_the_last_unit_of_many_images(last_block_alone, rng):
     oracle.assert_within_bound(*last, padding=((1, 0), (0, 0)))
 
 
-@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged", "channels_last_runs"])
+@pytest.mark.parametrize(
+    "variant", ["direct", "channels_last", "channels_last_staged", "channels_last_mma", "channels_last_runs"]
+)
 def test_the_last_block_of_a_large_channels_last_convolution(large_channels_last, variant):
     x, w = large_channels_last
     with plan.variant(variant):
@@ -110,7 +112,9 @@ def test_the_last_block_of_a_large_channels_last_convolution(large_channels_last
     oracle.assert_within_bound(*last)
 
 
-@pytest.mark.parametrize("variant", ["direct", "channels_last", "channels_last_staged", "channels_last_runs"])
+@pytest.mark.parametrize(
+    "variant", ["direct", "channels_last", "channels_last_staged", "channels_last_mma", "channels_last_runs"]
+)
 def test_the_last_block_of_a_large_channels_last_dgrad(large_channels_last, variant):
     dy, w = large_channels_last
     with plan.variant(variant):

@@ -20,6 +20,7 @@ from cuconv.plan import (
     base,
     channels_last,
     channels_last_runs,
+    channels_last_mma,
     channels_last_staged,
     runs,
     tiles,
@@ -143,6 +144,21 @@ def test_the_default_of_channels_last():
         for make in PASSES:
             assert make(g, dtype, H200).source == f"depthwise_channels_last{'_staged' * staged}"
         assert plan.depthwise_wgrad(g, dtype, True, H200).source == "depthwise_wgrad_channels_last_staged"
+    # Of many taps on tensor cores.
+    for kernel, dtype, aligned, channels, chosen in (
+        ((5, 5), "float16", True, 64, "mma"),
+        ((3, 9), "bfloat16", True, 64, "mma"),
+        ((7, 7), "bfloat16", True, 200, "mma"),
+        ((5, 5), "float32", True, 64, "staged"),
+        ((5, 5), "float16", False, 64, "channels_last"),
+        ((5, 5), "float16", True, 68, "staged"),
+        ((4, 4), "float16", True, 64, "staged"),
+        ((2, 20), "float16", True, 64, "staged"),
+    ):
+        g = geometry((16, channels, 28, 28), (channels, 1, *kernel), padding=kernel[0] // 2, **last)
+        for make in PASSES:
+            assert make(g, dtype, H200, None, aligned).source.endswith(chosen)
+        assert plan.depthwise_forward(g, dtype, T4, None, aligned).source == "depthwise_channels_last"
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15, **last)
     assert plan.depthwise_forward(large, "float32", H200).source == "depthwise_forward_direct"
     multiplied = geometry((2, 3, 9, 12), (6, 1, 3, 2), **last)
@@ -379,6 +395,31 @@ def check_channels_last_runs(g, chosen, dtype, dgrad):
     assert not missing[defines["LEFT"] : len(j) - defines["RIGHT"]].any()
 
 
+def check_channels_last_mma(g, chosen, dtype, dgrad):
+    """Every quad of outputs has a place in a warp, and the columns of x that it looks at are copied."""
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    channels, quads = defines["GROUPS"] * 4, values["quads"]
+    assert g.K % 8 == channels % 8 == 0
+    channel_blocks, rest = divmod(chosen.grid[0], values["column_blocks"])
+    assert rest == 0
+    assert (channel_blocks - 1) * channels < g.K <= channel_blocks * channels
+    assert (values["column_blocks"] - 1) * quads * 4 < g.Q <= values["column_blocks"] * quads * 4
+    assert (chosen.grid[1] - 1) * values["rows"] < g.P <= chosen.grid[1] * values["rows"]
+    images = values["images"] * values["turns"]
+    assert (chosen.grid[2] - 1) * images < g.N <= chosen.grid[2] * images
+    assert values["turns"] == 1 or g.N % images == 0
+    assert values["images"] * quads * defines["GROUPS"] <= 16 * chosen.block // 32
+    assert chosen.block == defines["THREADS"]
+    # The last column of the last quad's window, in whole pieces of 4.
+    assert values["pixels"] == (quads - 1) * 4 + -(-(g.S + 3) // 4) * 4
+    copied = values["images"] * values["pixels"] * channels * 2
+    assert copied <= defines["COPIES"] * 16 * chosen.block
+    outputs = chosen.block // 32 // defines["GROUPS"] * 64 * channels * 2
+    rows = defines["STAGES"] * copied + 2 * outputs
+    assert chosen.shared_bytes >= defines["BATCH"] * rows + channels * g.R * g.S * 2
+
+
 def check_images(g, chosen, dtype, dgrad):
     g = runs.dense_dgrad_as_forward(g) if dgrad else g
     values, defines = dict(chosen.parameters), dict(chosen.defines)
@@ -439,6 +480,7 @@ CHECKS = {
     "channels_last": check_channels_last,
     "channels_last_staged": check_channels_last_staged,
     "channels_last_runs": check_channels_last_runs,
+    "channels_last_mma": check_channels_last_mma,
 }
 
 extent = st.integers(1, 300)
@@ -461,6 +503,8 @@ def geometries(draw, variant):
     multiplier = draw(st.integers(1, 3))
     if variant == "images":
         C, H, W, multiplier = 8 * (C // 8 + 1), H % 32 + 1, W % 32 + 1, 1
+    if variant == "channels_last_mma":
+        C, multiplier, numbers = 8 * C, 1, {"channels_last": True}
     side = st.integers(0, most_padding)
     # No smaller than what the kernel reaches over.
     reach = [d * (k - 1) + 1 for d, k in zip(numbers.get("dilation", (1, 1)), kernel, strict=True)]
@@ -479,7 +523,8 @@ def geometries(draw, variant):
 )
 def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, target, aligned):
     g = data.draw(geometries(variant))
-    dtype = "bfloat16" if variant in ("toeplitz", "images") else dtype
+    dtype = "bfloat16" if variant in ("toeplitz", "images", "channels_last_mma") else dtype
+    most_threads = {"images": 512, "channels_last_staged": 512, "channels_last_mma": 640, "channels_last_runs": 1024}
     for direction, make in zip(("forward", "dgrad"), PASSES, strict=True):
         chosen, reason = plan_or_reason(make, g, dtype, target, variant, aligned)
         if chosen is None:
@@ -488,8 +533,7 @@ def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, 
             continue
         assert suits(variant, direction, g, dtype)
         assert all(1 <= extent <= limit for extent, limit in zip(chosen.grid, plan.MAX_GRID, strict=True))
-        most = {"images": 512, "channels_last_staged": 512, "channels_last_runs": 1024}.get(variant, 256)
-        assert 1 <= chosen.block <= most
+        assert 1 <= chosen.block <= most_threads.get(variant, 256)
         assert 0 <= chosen.shared_bytes <= target.shared_per_block
         struct = chosen.parameter_struct()
         assert all(struct[name] == value for name, value in chosen.parameters)
@@ -543,6 +587,26 @@ def test_the_number_of_channels_last_variants_is_bounded():
     assert seen["DEPTH"] <= set(channels_last._DEPTHS)
     assert seen["VECTOR"] <= {1, 2, 4}
     assert all(len(values) <= 2 for name, values in seen.items() if name not in ("COLUMNS", "DEPTH", "VECTOR")), seen
+
+
+def test_the_number_of_variants_on_quads_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for padding, make in product((0, 2, 9), PASSES):
+        for _ in range(30):
+            n, c, h, w = (int(v) for v in rng.integers(1, 200, 4))
+            g = geometry((n, 8 * c, h + 5, w + 5), (8 * c, 1, 5, 5), padding=padding, channels_last=True)
+            chosen = make(g, "float16", H200, "channels_last_mma")
+            for name, value in chosen.defines:
+                seen.setdefault(name, set()).add(value)
+    mma = channels_last_mma
+    assert seen.pop("BATCH") <= {batch for batch, _ in mma._BATCHES}
+    assert seen.pop("STAGES") <= {stages for _, stages in mma._BATCHES}
+    assert seen.pop("GROUPS") <= set(range(2, mma._CHANNELS[-1] // 4 + 1, 2))
+    assert seen.pop("THREADS") <= set(range(64, 32 * mma._MAX_WARPS + 1, 64))
+    assert seen.pop("BLOCKS") <= set(range(1, 33))
+    assert seen.pop("COPIES") <= set(range(1, mma._MAX_COPIES + 1))
+    assert all(len(values) <= 2 for values in seen.values()), seen
 
 
 def test_the_number_of_staged_variants_is_bounded():
@@ -747,7 +811,7 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
             plans += filter(None, (of_wgrad.sums, of_wgrad.reduce))
         elif make is not plan.depthwise_wgrad and suits(variant, "forward", g, "float16"):
             plans.append(make(g, "float16", H200, variant))
-    assert len({chosen.source for chosen in plans}) == 19
+    assert len({chosen.source for chosen in plans}) == 20
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

@@ -16,6 +16,7 @@ from cuconv.plan import (
     Unsuitable,
     channels_last,
     channels_last_runs,
+    channels_last_mma,
     channels_last_staged,
     runs,
     tiles,
@@ -69,6 +70,11 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
         of_runs = channels_last_runs.tiles(g, dtype, target)
         best_run = min(of_runs, key=lambda tile: float(channels_last_runs._cost(g, dtype, target, tile)))
         return channels_last_runs.tile_plan(g, dtype, best_run)
+    if variant == "channels_last_mma":
+        of_quads = channels_last_mma.tiles(g, target)
+        return channels_last_mma.tile_plan(
+            g, dtype, min(of_quads, key=lambda tile: float(channels_last_mma._cost(g, target, tile)))
+        )
     if variant == "toeplitz":
         bands = toeplitz.tiles(g, True, budget)
         return toeplitz.tile_plan(g, dtype, min(bands, key=lambda tile: float(toeplitz._cost(g, target, tile))))
@@ -77,13 +83,14 @@ def cheapest(variant: str, g: Conv2dGeometry, dtype: str, target: Target) -> Pla
 
 
 @pytest.mark.parametrize(
-    "variant", ["runs", "channels_last", "channels_last_staged", "channels_last_runs", "toeplitz", "tiles"]
+    "variant",
+    ["runs", "channels_last", "channels_last_staged", "channels_last_runs", "channels_last_mma", "toeplitz", "tiles"],
 )
 def test_a_plan_is_of_the_tile_that_costs_least(variant):
     seen = 0
     for g in (*large_geometries(), *GEOMETRIES.values()):
-        dtype = "bfloat16" if variant == "toeplitz" else "float32"
-        g = replace(g, channels_last=True) if variant == "channels_last_runs" else g
+        dtype = "bfloat16" if variant in ("toeplitz", "channels_last_mma") else "float32"
+        g = replace(g, channels_last=True) if variant in ("channels_last_runs", "channels_last_mma") else g
         try:
             chosen = plan.depthwise_forward(g, dtype, H200, variant)
         except Unsuitable:

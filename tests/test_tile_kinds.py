@@ -13,10 +13,11 @@ import oracle
 import pytest
 from geometries import numbers_of, random_dy
 
-from cuconv import kernels
+from cuconv import kernels, measure
 from cuconv.geometry import depthwise_geometry
 from cuconv.plan import (
     channels_last,
+    channels_last_mma,
     channels_last_staged,
     images,
     runs,
@@ -373,3 +374,48 @@ def test_channels_last_staged(device, rng, turned, dtype, kernel, numbers):
             y = device.launch(kernel, x, infinite, bias, g.y_shape, "nhwc")
             exact = oracle.convolve(x, infinite, bias, **numbers_of(g))
             np.testing.assert_array_equal(np.isnan(y.astype(np.float64)), np.isnan(exact))
+
+
+@pytest.mark.parametrize(
+    ("turned", "dtype", "kernel"),
+    [(False, "float16", (3, 2)), (True, "bfloat16", (5, 5)), (False, "bfloat16", (3, 7)), (True, "float16", (2, 10))],
+)
+def test_channels_last_mma(device, rng, turned, dtype, kernel):
+    """Every number of rows between barriers and of stages, one and several blocks of columns, warps of quads and
+    images, few and all rows, and infinities and NaN, whose neighbours are to stay as they are."""
+    x, w, bias = oracle.random_arrays(rng, (4, 24, 11, 38), (24, 1, *kernel), dtype)
+    g = depthwise_geometry(x.shape, w.shape, padding=((1, 2), (1, 1)), channels_last=True)
+    dy = random_dy(rng, g, dtype)
+    of_tile = runs.dense_dgrad_as_forward(g) if turned else g
+
+    def kinds(tile):
+        yield from fields(tile, "batch", "stages", "turns", "images")
+        yield "block", tile.quads * 4 < g.Q, tile.warps > tile.groups, tile.channels < g.K, g.K % tile.channels > 0
+        yield "rows", min(tile.rows, 3), tile.rows >= of_tile.P
+
+    choices = list(channels_last_mma.tiles(of_tile, device.target))
+    chosen = list(each_kind_once(choices, kinds))
+    assert {tile.batch for tile in chosen} == {1, 2, 4}
+    for array in (x, dy):
+        array[0, 1, 3, 3] = array[-1, 8, 0, 0] = np.inf
+        array[1, 6, 4, 5] = np.nan
+        array[-1, 8, 1, 1] = array[-1, -1, -1, -1] = -np.inf
+    for tile in chosen:
+        plan_of_tile = channels_last_mma.tile_plan(of_tile, dtype, tile, turned)
+        if turned:
+            dx = device.launch(plan_of_tile, dy, w, None, g.x_shape, "nhwc")
+            assert measure.dgrad_error(dx, dy, w, g) <= 1
+        else:
+            y = device.launch(plan_of_tile, x, w, bias, g.y_shape, "nhwc")
+            assert measure.forward_error(y, x, w, bias, g) <= 1
+
+
+def test_channels_last_mma_meets_the_padding_with_weights_that_are_not_finite(device, rng):
+    """Rows of padding are passed over, and taps beside an infinite one are zeros."""
+    x, w, bias = oracle.random_arrays(rng, (2, 16, 7, 9), (16, 1, 5, 5), "float16")
+    w[3, 0, 0, 0], w[8, 0, 4, 2], w[9, 0, 2, 4] = np.inf, -np.inf, np.nan
+    g = depthwise_geometry(x.shape, w.shape, padding=2, channels_last=True)
+    for rows in (2, 7):
+        tiles_of_rows = (tile for tile in channels_last_mma.tiles(g, device.target) if tile.rows == rows)
+        y = device.launch(channels_last_mma.tile_plan(g, "float16", next(tiles_of_rows)), x, w, bias, g.y_shape, "nhwc")
+        assert measure.forward_error(y, x, w, bias, g) <= 1

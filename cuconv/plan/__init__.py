@@ -17,6 +17,7 @@ from ..geometry import Conv2dGeometry
 from . import (
     channels_last,
     channels_last_runs,
+    channels_last_mma,
     channels_last_staged,
     direct,
     images,
@@ -58,6 +59,7 @@ _FORWARD = {
     "channels_last_staged": channels_last_staged.forward,
     "channels_last_runs": channels_last_runs.forward,
     "channels_last": channels_last.forward,
+    "channels_last_mma": channels_last_mma.forward,
     "toeplitz": toeplitz.forward,
     "images": images.forward,
     "tiles": tiles.forward,
@@ -68,6 +70,7 @@ _DGRAD = {
     "channels_last_staged": channels_last_staged.dgrad,
     "channels_last_runs": channels_last_runs.dgrad,
     "channels_last": channels_last.dgrad,
+    "channels_last_mma": channels_last_mma.dgrad,
     "toeplitz": toeplitz.dgrad,
     "images": images.dgrad,
     "tiles": tiles.dgrad,
@@ -91,6 +94,7 @@ _BEATS_OTHERS = {
     "toeplitz": toeplitz.beats_others,
     "channels_last_runs": channels_last_runs.beats_others,
     "channels_last": channels_last.beats_others,
+    "channels_last_mma": channels_last_mma.beats_others,
 }
 _BEATS_OTHERS_OF_WGRAD = {
     "pairs": wgrad_pairs.beats_others,

@@ -272,6 +272,13 @@ inline void multiply_bfloat16s(float (&sum)[4], const uint32 (&a)[4], const uint
                                int line = __builtin_LINE()) {
   multiply_matrices(sum, a, b, bfloat16_to_float, line);
 }
+// What is not there is zero, so that its products change no sum.
+inline void multiply_halves(float (&sum)[4], const uint32 (&a)[2], uint32 b, int line = __builtin_LINE()) {
+  multiply_halves(sum, {a[0], a[1], 0, 0}, {b, 0}, line);
+}
+inline void multiply_bfloat16s(float (&sum)[4], const uint32 (&a)[2], uint32 b, int line = __builtin_LINE()) {
+  multiply_bfloat16s(sum, {a[0], a[1], 0, 0}, {b, 0}, line);
+}
 
 #endif  // sm_80
 
