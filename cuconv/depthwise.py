@@ -92,7 +92,9 @@ def depthwise_conv2d(
            [4., 6., 6., 6., 4.]], dtype=float32)
     """
     # 1. Check.
-    call = _check_forward(x, w, bias, stride, padding, dilation, out=out)
+    call = _check_forward(x, w, bias, out, stride, padding, dilation)
+    if out is not None:
+        interop.check_apart(out, x=x, w=w, bias=bias)
     geometry = call.geometry
     if call.device is None:
         return reference.depthwise_conv2d(x, w, bias, geometry, out)
@@ -112,7 +114,7 @@ def depthwise_conv2d(
 
 
 @interop.remembered
-def _check_forward(x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *, out: Any) -> _Call:
+def _check_forward(x: Any, w: Any, bias: Any, out: Any, stride: Any, padding: Any, dilation: Any) -> _Call:
     module = interop.array_module(x=x, w=w, bias=bias, out=out)
     dtype = check_dtypes(x=x, w=w, bias=bias)
     channels_last = module is not np and interop.channels_last(x)
@@ -125,7 +127,6 @@ def _check_forward(x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilatio
     device = None if module is np else interop.one_device(x=x, w=w, bias=bias, out=out)
     if out is not None:
         check_out(out, geometry.y_shape, x.dtype)
-        interop.check_apart(out, x=x, w=w, bias=bias)
     layout = geometry.channels_last
     dense = device is not None and interop.all_contiguous(x, channels_last=layout) and interop.all_contiguous(w, bias)
     return _Call(geometry, dtype, device, channels_last, dense)
@@ -198,7 +199,9 @@ def depthwise_conv2d_dgrad(
            [ 3.,  7.,  7.,  4.]], dtype=float32)
     """
     # 1. Check.
-    call = _check_dgrad(dy, w, x_shape, stride, padding, dilation, out=out)
+    call = _check_dgrad(dy, w, out, x_shape, stride, padding, dilation)
+    if out is not None:
+        interop.check_apart(out, dy=dy, w=w)
     geometry = call.geometry
     if call.device is None:
         return reference.depthwise_conv2d_dgrad(dy, w, geometry, out)
@@ -217,7 +220,7 @@ def depthwise_conv2d_dgrad(
 
 
 @interop.remembered
-def _check_dgrad(dy: Any, w: Any, x_shape: Any, stride: Any, padding: Any, dilation: Any, *, out: Any) -> _Call:
+def _check_dgrad(dy: Any, w: Any, out: Any, x_shape: Any, stride: Any, padding: Any, dilation: Any) -> _Call:
     module = interop.array_module(dy=dy, w=w, out=out)
     dtype = check_dtypes(dy=dy, w=w)
     x_shape = shape_argument("x_shape", x_shape)
@@ -230,7 +233,6 @@ def _check_dgrad(dy: Any, w: Any, x_shape: Any, stride: Any, padding: Any, dilat
     device = None if module is np else interop.one_device(dy=dy, w=w, out=out)
     if out is not None:
         check_out(out, geometry.x_shape, dy.dtype)
-        interop.check_apart(out, dy=dy, w=w)
     layout = geometry.channels_last
     dense = device is not None and interop.all_contiguous(dy, channels_last=layout) and interop.all_contiguous(w)
     return _Call(geometry, dtype, device, channels_last, dense)
@@ -313,7 +315,13 @@ def depthwise_conv2d_wgrad(
     """
     # 1. Check.
     dw_out, dbias_out = pair_argument("out", out) if bias and out is not None else (out, None)
-    call = _check_wgrad(dy, x, w_shape, stride, padding, dilation, out=dw_out, dbias=dbias_out, workspace=workspace)
+    call = _check_wgrad(dy, x, dw_out, dbias_out, workspace, w_shape, stride, padding, dilation)
+    if dw_out is not None:
+        interop.check_apart(dw_out, dy=dy, x=x, dbias=dbias_out)
+    if dbias_out is not None:
+        interop.check_apart(dbias_out, dy=dy, x=x)
+    if workspace is not None:
+        interop.check_apart(workspace, dy=dy, x=x, out=dw_out, dbias=dbias_out, name="workspace")
     geometry = call.geometry
     if call.device is None:
         return reference.depthwise_conv2d_wgrad(dy, x, bias, geometry, dw_out, dbias_out)
@@ -345,7 +353,7 @@ def depthwise_conv2d_wgrad(
 
 @interop.remembered
 def _check_wgrad(
-    dy: Any, x: Any, w_shape: Any, stride: Any, padding: Any, dilation: Any, *, out: Any, dbias: Any, workspace: Any
+    dy: Any, x: Any, out: Any, dbias: Any, workspace: Any, w_shape: Any, stride: Any, padding: Any, dilation: Any
 ) -> _Call:
     module = interop.array_module(dy=dy, x=x, out=out, dbias=dbias, workspace=workspace)
     dtype = check_dtypes(dy=dy, x=x)
@@ -356,16 +364,11 @@ def _check_wgrad(
     )
     geometry = plan.in_fastest_layout(geometry)
     check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
-    inputs = {"dy": dy, "x": x}
-    device = None if module is np else interop.one_device(**inputs, out=out, dbias=dbias, workspace=workspace)
+    device = None if module is np else interop.one_device(dy=dy, x=x, out=out, dbias=dbias, workspace=workspace)
     if out is not None:
         check_out(out, geometry.w_shape, dy.dtype)
-        interop.check_apart(out, **inputs, dbias=dbias)
     if dbias is not None:
         check_out(dbias, (geometry.K,), dy.dtype)
-        interop.check_apart(dbias, **inputs)
-    if workspace is not None:
-        interop.check_apart(workspace, **inputs, out=out, dbias=dbias, name="workspace")
     dense = device is not None and interop.all_contiguous(dy, x, channels_last=geometry.channels_last)
     return _Call(geometry, dtype, device, channels_last, dense)
 

@@ -47,23 +47,16 @@ _INT = frozenset({int})
 
 
 def remembered(check: Callable[..., _Result]) -> Callable[..., _Result]:
-    """`check`, passed over where it would say what it has said: in a call that differs from an earlier one in the
-    addresses of its CuPy arrays alone.
-
-    Its positional arguments are arrays and numbers. Those given by name are arrays that are written to: they must not
-    overlap others, so that addresses count too, and where there is one the check is always made.
-    """
+    """`check` of arrays and numbers, passed over where it would say what it has said: in a call that differs from an
+    earlier one in the addresses of its CuPy arrays alone, which it therefore must not ask for."""
     known: dict[tuple[Any, ...], _Result] = {}
 
     @functools.wraps(check)
-    def checked(*given: Any, **written: Any) -> _Result:
-        for array in written.values():
-            if array is not None:
-                return check(*given, **written)
+    def checked(*given: Any) -> _Result:
         key = _key(given)
         result = None if key is None else known.get(key)
         if result is None:
-            result = check(*given, **written)
+            result = check(*given)
             if key is not None:
                 if len(known) >= _MAX_REMEMBERED:
                     known.clear()

@@ -114,9 +114,9 @@ def test_a_call_alike_is_not_checked_again_and_one_of_other_arrays_is(device, ar
     others = [a.copy() for a in (x, w, bias)]
     np.testing.assert_array_equal(device.host(cuconv.depthwise_conv2d(*others, padding=1)), device.host(y))
     cuconv.depthwise_conv2d_dgrad(y, w, x.shape, padding=1)
-    cuconv.depthwise_conv2d_wgrad(y, x, w.shape, padding=1)
+    cuconv.depthwise_conv2d_wgrad(y, x, w.shape, padding=1, bias=True)
     with pytest.raises(AssertionError, match="checked again"):
-        cuconv.depthwise_conv2d(*arrays, padding=1, out=y)
+        cuconv.depthwise_conv2d(*arrays, padding=2)
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, (True, 1), (1, 1.0), ((True, 1), (1, 1)), "1", None], ids=repr)
@@ -154,11 +154,41 @@ def test_other_arrays_are_refused_after_good_ones_were_taken(device, arrays):
 
 def test_where_a_result_is_written_is_looked_at_each_time(device, arrays):
     x, w, _ = arrays
-    apart = x.copy()
+    apart, dw, dbias = x.copy(), w.copy(), w[:, 0, 0, 0].copy()
+    many = device.array(np.zeros(2**14, np.uint8))
     for _ in range(2):
         assert cuconv.depthwise_conv2d(x, w, padding=1, out=apart) is apart
         with pytest.raises(ValueError, match="out must not overlap another array, and shares memory with x"):
             cuconv.depthwise_conv2d(x, w, padding=1, out=x)
+        assert cuconv.depthwise_conv2d_dgrad(x, w, x.shape, padding=1, out=apart) is apart
+        with pytest.raises(ValueError, match="out must not overlap another array, and shares memory with dy"):
+            cuconv.depthwise_conv2d_dgrad(x, w, x.shape, padding=1, out=x)
+        found = cuconv.depthwise_conv2d_wgrad(apart, x, w.shape, padding=1, bias=True, out=(dw, dbias), workspace=many)
+        assert found[0] is dw
+        assert found[1] is dbias
+        beside = apart.reshape(-1)
+        for out, workspace, named in (
+            ((beside[: w.size].reshape(w.shape), dbias), many, "out .* with dy"),
+            ((dw, beside[:4]), many, "out .* with dy"),
+            ((dw, dw.reshape(-1)[:4]), many, "out .* with dbias"),
+            ((dw, dbias), x.reshape(-1), "workspace .* with x"),
+        ):
+            with pytest.raises(ValueError, match=f"^{named}$"):
+                cuconv.depthwise_conv2d_wgrad(apart, x, w.shape, padding=1, bias=True, out=out, workspace=workspace)
+
+
+def test_results_of_other_kinds_are_told_apart(device, arrays):
+    """What is written to is remembered as what is read."""
+    x, w, _ = arrays
+    y = device.host(cuconv.depthwise_conv2d(x, w, padding=1))
+    for _ in range(2):
+        for layout in ("nchw", "nhwc"):
+            out = device.array(np.zeros_like(y), layout)
+            assert cuconv.depthwise_conv2d(x, w, padding=1, out=out) is out
+            np.testing.assert_array_equal(device.host(out), y)
+        for out, error in ((x[:1], ValueError), (x.astype(np.float64), TypeError), (x.view(np.int32), TypeError)):
+            with pytest.raises(error, match=r"^out must have"):
+                cuconv.depthwise_conv2d(x, w, padding=1, out=out)
 
 
 def test_two_devices_are_told_apart():
