@@ -381,7 +381,6 @@ def _wgrad_kernels(
     # 3. Plan.
     chosen = plan.depthwise_wgrad(geometry, dtype, bias, kernels.target(device_id), forced, aligned)
     # 4. Kernels.
-    if chosen.reduce is None:
-        return kernels.load(chosen.sums, device_id), None, chosen.workspace_bytes
-    sums, reduce = kernels.load_together([chosen.sums, chosen.reduce], device_id)
+    sums = kernels.load(chosen.sums, device_id)
+    reduce = None if chosen.reduce is None else kernels.load(chosen.reduce, device_id)
     return sums, reduce, chosen.workspace_bytes

@@ -6,11 +6,10 @@ text alone is the key of CuPy's disk cache: CuPy does not look into headers, and
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,24 +82,6 @@ def load(plan: Plan, device_id: int) -> Kernel:
             driver.launchKernel(function.ptr, grid_x, grid_y, grid_z, block, 1, 1, shared_bytes, stream, arguments, 0)
 
     return launch
-
-
-def load_together(plans: Sequence[Plan], device_id: int) -> list[Kernel]:
-    """The kernels of several plans, as by `load`; those that must be compiled are compiled at the same time."""
-    import cupy
-
-    def ahead(plan: Plan) -> None:
-        # What fails here fails once more below, in the caller's thread.
-        with contextlib.suppress(Exception), cupy.cuda.Device(device_id):
-            load(plan, device_id)
-
-    threads = [threading.Thread(target=ahead, args=(plan,)) for plan in plans[1:]]
-    for thread in threads:
-        thread.start()
-    ahead(plans[0])
-    for thread in threads:
-        thread.join()
-    return [load(plan, device_id) for plan in plans]
 
 
 def _arguments(parameters: np.void) -> tuple[Any, int]:

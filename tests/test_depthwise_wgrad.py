@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -302,14 +301,3 @@ def test_tiles_refuse_what_they_do_not_take(device):
         cuconv.depthwise_conv2d_wgrad(dy, x, (1, 1, 3, 3), padding=1)
     with plan.variant("tiles"), pytest.raises(ValueError, match=r"variant tiles: takes stride 1 and dilation 1.*2"):
         cuconv.depthwise_conv2d_wgrad(dy, x, (1, 1, 11, 11), padding=10, dilation=2)
-
-
-def test_an_error_of_any_kernel_of_several_reaches_the_caller(device):
-    g = depthwise_geometry((64, 8, 28, 28), (8, 1, 3, 3), padding=1)
-    chosen = plan.depthwise_wgrad(g, "float32", False, device.target)
-    assert chosen.reduce is not None
-    broken = replace(chosen.reduce, defines=(("T", "no_such_type"),))
-    for plans in ([chosen.sums, broken], [broken, chosen.sums]):
-        with pytest.raises(Exception, match="no_such_type"):
-            kernels.load_together(plans, 0)
-    assert kernels.load_together([chosen.sums, chosen.reduce], 0)[1] is kernels.load(chosen.reduce, 0)
