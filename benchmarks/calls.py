@@ -7,6 +7,7 @@ Each first call is a process's own: `python -m benchmarks.calls CASE PASS DTYPE`
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,22 +48,30 @@ def first_calls() -> list[dict[str, Any]]:
 
 
 def host_us() -> dict[str, float]:
-    """Microseconds of the host for one call on a small array once planned, and of PyTorch's where it is installed."""
+    """Microseconds of the host for one call on a small array once planned, and of PyTorch's where it is installed.
+
+    Of each the best of many rounds, taken in turn: others may have had the processor, and its clock goes up and down by
+    half, so that only figures that met the same states compare.
+    """
     import cupy
 
     from cuconv import measure
 
     x, w = (measure.random_array(shape, "float32", 0, cupy) for shape in ((1, 16, 14, 14), (16, 1, 3, 3)))
     calls = _calls(x, w, x, {"padding": 1})
-    found = {name: _host_us(call, cupy.cuda.Device().synchronize) for name, call in calls.items()}
     if measure.installed("torch"):
         import torch
 
         tensor, weight = (torch.from_dlpack(array) for array in (x, w))
-        with torch.no_grad():
-            found["torch conv2d"] = _host_us(
-                lambda: torch.nn.functional.conv2d(tensor, weight, padding=1, groups=16), torch.cuda.synchronize
-            )
+        calls["torch conv2d"] = lambda: torch.nn.functional.conv2d(tensor, weight, padding=1, groups=16)
+    found = dict.fromkeys(calls, math.inf)
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            cupy.cuda.Device().synchronize()
+            start = time.perf_counter()
+            for _ in range(_ROUND_CALLS):
+                call()
+            found[name] = min(found[name], (time.perf_counter() - start) * 1e6 / _ROUND_CALLS)
     return found
 
 
@@ -75,18 +84,6 @@ def _calls(x: Any, w: Any, dy: Any, options: dict[str, Any]) -> dict[str, Callab
         "dgrad": lambda: cuconv.depthwise_conv2d_dgrad(dy, w, x.shape, **options),
         "wgrad": lambda: cuconv.depthwise_conv2d_wgrad(dy, x, w.shape, **options),
     }
-
-
-def _host_us(call: Callable[[], Any], synchronize: Callable[[], Any]) -> float:
-    """The best of many rounds: others may have had the processor, and its clock goes up and down by half."""
-    rounds = []
-    for _ in range(_ROUNDS):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(_ROUND_CALLS):
-            call()
-        rounds.append((time.perf_counter() - start) / _ROUND_CALLS)
-    return 1e6 * min(rounds)
 
 
 def _first_call(case: Case, name: str, dtype: str) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-# Sums in float64 lie there.
-WORKSPACE_ALIGNMENT = 8
+# Sums in float64 lie there, and the elements of any dtype.
+ALIGNMENT = 8
 # Arguments that need not be given.
 OPTIONAL = ("bias", "out", "dbias", "workspace")
 
@@ -38,6 +41,51 @@ def array_module(**arrays: Any) -> ModuleType:
     return owner
 
 
+_Result = TypeVar("_Result")
+_MAX_REMEMBERED = 4096
+_INT = frozenset({int})
+
+
+def remembered(check: Callable[..., _Result]) -> Callable[..., _Result]:
+    """`check` of arrays and numbers, passed over where it would say what it has said: in a call that differs from an
+    earlier one in the addresses of its CuPy arrays alone, which it therefore must not ask for."""
+    known: dict[tuple[Any, ...], _Result] = {}
+
+    @functools.wraps(check)
+    def checked(*given: Any) -> _Result:
+        key = _key(given)
+        result = None if key is None else known.get(key)
+        if result is None:
+            result = check(*given)
+            if key is not None:
+                if len(known) >= _MAX_REMEMBERED:
+                    known.clear()
+                known[key] = result
+        return result
+
+    return checked
+
+
+def _key(given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All of the arguments that a check looks at but the addresses; None for other things than CuPy arrays and plain
+    numbers, since what merely compares equal to a number, such as True, must not be one."""
+    cupy = sys.modules.get("cupy")
+    if cupy is None:
+        return None
+    ndarray = cupy.ndarray
+    key: list[Any] = []
+    for argument in given:
+        kind = type(argument)
+        if kind is ndarray:
+            memory = argument.data
+            key += argument.shape, argument.strides, argument.dtype, memory.ptr % ALIGNMENT, memory.device_id
+        elif kind is int or argument is None or kind is str or (kind is tuple and _INT.issuperset(map(type, argument))):
+            key.append(argument)
+        else:
+            return None
+    return tuple(key)
+
+
 def channels_last(array: Any) -> bool:
     """Whether the array (N, C, H, W) lies in memory as (N, H, W, C), and not as (N, C, H, W) at the same time: with one
     channel, or one row and column, it is both."""
@@ -57,14 +105,20 @@ def is_contiguous(array: Any, channels_last: bool = False) -> bool:
     return bool(flags.c_contiguous) and array.data.ptr % array.dtype.itemsize == 0
 
 
-def output(out: Any, module: ModuleType, shape: tuple[int, ...], dtype: Any, channels_last: bool = False) -> Any:
+def all_contiguous(*arrays: Any, channels_last: bool = False) -> bool:
+    """Whether kernels for this layout can read all of the CuPy arrays as they lie; those that are None do not count."""
+    return all(array is None or is_contiguous(array, channels_last) for array in arrays)
+
+
+def output(out: Any, shape: tuple[int, ...], dtype: Any, channels_last: bool = False) -> Any:
     """What a kernel for this layout writes to: `out` where it can, otherwise a new CuPy array (N, C, H, W)."""
     if out is not None and is_contiguous(out, channels_last):
         return out
+    ndarray = sys.modules["cupy"].ndarray
     if channels_last:
         N, C, H, W = shape
-        return _nchw(module.ndarray((N, H, W, C), dtype))
-    return module.ndarray(shape, dtype)  # what cupy.empty returns, half a microsecond sooner
+        return _nchw(ndarray((N, H, W, C), dtype))
+    return ndarray(shape, dtype)  # what cupy.empty returns, half a microsecond sooner
 
 
 def _nhwc(array: Any) -> Any:
@@ -77,14 +131,14 @@ def _nchw(array: Any) -> Any:
     return array.transpose(0, 3, 1, 2)
 
 
-def workspace(given: Any, module: ModuleType, size: int) -> Any:
+def workspace(given: Any, size: int) -> Any:
     """A CuPy array of at least `size` bytes: the one given, or a new one; None where none is needed or given."""
     if given is None:
-        return module.empty(size, np.uint8) if size else None
+        return output(None, (size,), np.uint8) if size else None
     if not given.flags.c_contiguous:
         raise ValueError(f"workspace must be C-contiguous, and has strides {given.strides}")
-    if given.data.ptr % WORKSPACE_ALIGNMENT:
-        raise ValueError(f"workspace must start at a multiple of {WORKSPACE_ALIGNMENT} bytes")
+    if given.data.ptr % ALIGNMENT:
+        raise ValueError(f"workspace must start at a multiple of {ALIGNMENT} bytes")
     if given.nbytes < size:
         raise ValueError(f"workspace must have at least {size} bytes, and has {given.nbytes}")
     return given
@@ -113,19 +167,23 @@ def _numpy(name: str, array: Any) -> ModuleType:
     raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, and is a {given}")
 
 
-def one_device(**arrays: Any) -> Any:
+def one_device(**arrays: Any) -> int:
     """The device that all given cupy arrays are on; a ValueError naming two that differ."""
-    first, device = "", None
-    for name, array in arrays.items():
-        if array is None:
-            continue
-        if device is None:
-            first, device, device_id = name, array.device, array.data.device_id
-        elif array.data.device_id != device_id:
-            raise ValueError(
-                f"all arrays must be on one device: {first} is on {device_id} and {name} on {array.data.device_id}"
-            )
+    devices: dict[str, int] = {name: array.data.device_id for name, array in arrays.items() if array is not None}
+    first, device = next(iter(devices.items()))
+    for name, other in devices.items():
+        if other != device:
+            raise ValueError(f"all arrays must be on one device: {first} is on {device} and {name} on {other}")
     return device
+
+
+_NOTHING = nullcontext()
+
+
+def on_device(device: int) -> AbstractContextManager[Any]:
+    """With it, this device is CuPy's current one; nothing, as setting it anew takes a microsecond, where it is."""
+    cuda = sys.modules["cupy"].cuda
+    return _NOTHING if cuda.runtime.getDevice() == device else cuda.Device(device)
 
 
 def check_apart(written: Any, *, name: str = "out", **others: Any) -> None:

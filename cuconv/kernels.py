@@ -19,7 +19,7 @@ import numpy as np
 
 from .plan import Plan, Target
 
-_INCLUDE = re.compile(r'^#include "([a-z_0-9]+\.cuh)"\n', re.MULTILINE)
+_INCLUDE = re.compile(r'#include "([a-z_0-9]+\.cuh)"\n')
 # As CuPy spells it for its own kernels, whose check of the compiler then serves these too: 12 ms a process.
 _OPTIONS = ("--std=c++17",)
 # What a block may hold without asking for more.
@@ -67,7 +67,7 @@ def load(plan: Plan, device_id: int) -> Kernel:
         kernel.max_dynamic_shared_size_bytes = max(kernel.max_dynamic_shared_size_bytes, plan.shared_bytes)
     # By the driver, since CuPy's own launch looks at every argument anew and takes half as long again.
     driver, runtime, current_stream = cupy.cuda.driver, cupy.cuda.runtime, cupy.cuda.get_current_stream
-    function, grid, block, shared_bytes = kernel.kernel, plan.grid, (plan.block, 1, 1), plan.shared_bytes
+    function, (grid_x, grid_y, grid_z), block, shared_bytes = kernel.kernel, plan.grid, plan.block, plan.shared_bytes
     words, pointers = _arguments(plan.parameter_struct())
     lock = threading.Lock()
 
@@ -79,7 +79,7 @@ def load(plan: Plan, device_id: int) -> Kernel:
         # The driver copies the arguments while other threads may run, and want to launch the same kernel.
         with lock:
             words[first:] = addresses
-            driver.launchKernel(function.ptr, *grid, *block, shared_bytes, stream, arguments, 0)
+            driver.launchKernel(function.ptr, grid_x, grid_y, grid_z, block, 1, 1, shared_bytes, stream, arguments, 0)
 
     return launch
 

@@ -25,6 +25,7 @@ from .base import (
     each_of,
     plane_parameters,
     require_nchw,
+    those_of,
     tile_at,
 )
 
@@ -144,14 +145,17 @@ def _cheapest(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> T
 
     Pitches take long to find, and no tile costs less with one than without.
     """
-    table, fits = _table(g, dtype, target, aligned)
+    table = those_of(*_table(g, dtype, target, aligned))
     # Exponentials of an array may differ from a number's in the last bit.
-    bounds = np.where(fits, cost(g, target, table) * (1 - 1e-12), np.inf)
+    bounds = cost(g, target, table) * (1 - 1e-12)
     best, least = None, (math.inf, 0)
-    for place in bounds.argsort(axis=None, kind="stable").tolist():
-        if bounds.flat[place] > least[0] or bounds.flat[place] == math.inf:
+    # In order of their bounds; sorting all of them would take longer than looking at the first few.
+    while bounds.size:
+        place = int(bounds.argmin())
+        if bounds[place] > least[0] or bounds[place] == math.inf:
             break
-        tile = _pitched(tile_at(table, np.unravel_index(place, bounds.shape)))
+        bounds[place] = math.inf
+        tile = _pitched(tile_at(table, (place,)))
         if tile.shared_bytes <= target.shared_per_block - SHARED_RESERVE:
             best, least = min((best, least), (tile, (float(cost(g, target, tile)), place)), key=lambda found: found[1])
     return best
