@@ -19,8 +19,8 @@ from cuconv.geometry import Conv2dGeometry, depthwise_geometry
 from cuconv.plan import (
     base,
     channels_last,
-    channels_last_runs,
     channels_last_mma,
+    channels_last_runs,
     channels_last_staged,
     runs,
     tiles,

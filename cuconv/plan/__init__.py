@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from ..geometry import Conv2dGeometry
 from . import (
     channels_last,
-    channels_last_runs,
     channels_last_mma,
+    channels_last_runs,
     channels_last_staged,
     direct,
     images,
