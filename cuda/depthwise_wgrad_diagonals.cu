@@ -18,8 +18,10 @@
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
 // THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at once: it
-// divides W, Q and shift); DENSE (planes arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel rows); DILATED (dilation_h is above 1); PAIRS (of
-// kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
+// divides W, Q and shift); DOWN (neighbouring threads lay out neighbouring rows, which lie in different banks); DENSE (planes
+// arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel rows); DILATED
+// (dilation_h is above 1); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART (chunk d of dy
+// meets chunk d + FIRST + t of x for every bit t of APART).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
@@ -32,6 +34,7 @@ constexpr bool kFinal = CUCONV_FINAL;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kVector = CUCONV_VECTOR;
+constexpr bool kDown = CUCONV_DOWN;
 constexpr bool kDense = CUCONV_DENSE;
 constexpr bool kGrouped = CUCONV_GROUPED;
 constexpr bool kDilated = CUCONV_DILATED;
@@ -99,14 +102,20 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// A chunk of a row that starts at a multiple of kElements elements.
+// A chunk of a row that starts at a multiple of kElements elements. At any element, it is shifted out of whole words.
 template <int kElements>
 __device__ __forceinline__ Words load_chunk(const T* source) {
   Words words;
   if constexpr (kElements == 1) {
+    const uint32 odd = static_cast<uint32>(reinterpret_cast<uint64>(source) / sizeof(T) % 2);
+    const uint32* const from = reinterpret_cast<const uint32*>(source - odd);
+    uint32 low = from[0];
 #pragma unroll
-    for (int e = 0; e < kChunk; e += 2)
-      words.piece[e / 2] = source[e].bits | static_cast<uint32>(source[e + 1].bits) << 16;
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const uint32 high = from[i + 1];
+      words.piece[i] = __funnelshift_r(low, high, 16 * odd);
+      low = high;
+    }
   } else {
 #pragma unroll
     for (int e = 0; e < kChunk; e += kElements) {
@@ -119,14 +128,14 @@ __device__ __forceinline__ Words load_chunk(const T* source) {
 }
 
 // The rows of so many planes, which arrived `unit` elements apart, to chunks of a layout where planes are `slot` elements
-// apart, kGaps if there are other rows between them. Threads keep to one place of a row. What lies beside a row is loaded
-// too, wherever it belongs, and made zero.
+// apart, kGaps if there are other rows between them. Threads keep to one place of a row; neighbours are at the next place,
+// or, kDown, in the next row. What lies beside a row is loaded too, wherever it belongs, and made zero.
 template <int kChunks, int kPitch, bool kGaps>
 __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, int unit, int rows, int width, int slot,
                                         uint32 rows_magic, int shift, int thread) {
   constexpr int kRowsAtOnce = kThreads / kChunks;
   if (thread >= kRowsAtOnce * kChunks) return;
-  const int column = thread % kChunks * kChunk - shift;
+  const int column = (kDown ? thread / kRowsAtOnce : thread % kChunks) * kChunk - shift;
   Words present;
 #pragma unroll
   for (int e = 0; e < kChunk; e += 2)
@@ -135,7 +144,7 @@ __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, 
   const int all_rows = planes * rows;
   const int source_gap = kDense ? 0 : unit - rows * width;
   const int layout_gap = kGaps ? slot - rows * kPitch : 0;
-  int row = thread / kChunks;
+  int row = kDown ? thread % kRowsAtOnce : thread / kChunks;
   const int plane = divide(row, rows_magic);
   int plane_row = row - plane * rows;
   source += row * width + plane * source_gap + column;

@@ -21,13 +21,14 @@ from .base import (
     plane_parameters,
     require_nchw,
 )
+from .runs import bank_passes
 from .wgrad import WgradPlan, with_reduce
 
 _SIZE = 2
 # Columns of a chunk, and rows of dy in a product: see the kernel.
 _CHUNK, _STEP = 8, 16
 # A warp's products of one step are unrolled: so many chunks of a row and pairs of kernel rows.
-_MAX_CHUNKS = 16
+_MAX_CHUNKS = 20
 _PAIRS = (4, 8)
 # Sums of a lane.
 _MAX_SUMS = 112
@@ -96,8 +97,8 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         arrivals = self.planes * self.images * (self.x_unit + self.dy_unit) * _SIZE
-        # A chunk more, since what lies behind the last row is loaded too.
-        return max(self.layout_bytes + arrivals + _CHUNK * _SIZE, self.sums_bytes)
+        # Two chunks more, since what lies behind the last row is loaded too.
+        return max(self.layout_bytes + arrivals + 2 * _CHUNK * _SIZE, self.sums_bytes)
 
     @property
     def registers(self) -> int:
@@ -159,6 +160,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("THREADS", tile.threads),
             ("BLOCKS", tile.blocks_of_registers),
             ("VECTOR", window.vector),
+            ("DOWN", int(_down(g))),
             ("DENSE", int((tile.x_unit, tile.dy_unit) == (g.H * g.W, g.P * g.Q))),
             ("GROUPED", int(tile.row_groups > 1)),
             ("DILATED", int(g.dilation[0] > 1)),
@@ -201,6 +203,11 @@ def _block_images(g: Conv2dGeometry, tile: Tile) -> int:
     """Images of a slab: whole turns."""
     turns = -(-g.N // tile.images)
     return -(-turns // tile.slabs) * tile.images
+
+
+def _down(g: Conv2dGeometry) -> bool:
+    """Whether neighbouring rows, as they arrive, lie in more banks than neighbouring chunks of a row."""
+    return max(bank_passes(width * _SIZE, _SIZE) for width in (g.W, g.Q)) < bank_passes(_CHUNK * _SIZE, _SIZE)
 
 
 def _window(g: Conv2dGeometry) -> Window | None:

@@ -107,6 +107,9 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, int line = _
 
 template <class T> T __ldg(const T* pointer) { return *pointer; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned(((unsigned long long)high << 32 | low) >> (shift % 32));
+}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
