@@ -16,15 +16,16 @@
 // products of chunks that are padding are left out. Whatever of dy is not finite, and whatever of x any tap meets, makes
 // sums that are not finite: where there is one the block does it over, plainly.
 //
-// Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
-// THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at once: it
-// divides W, Q and shift); DOWN (neighbouring threads lay out neighbouring rows, which lie in different banks); DENSE (planes
-// arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel rows); DILATED
-// (dilation_h is above 1); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART (chunk d of dy
-// meets chunk d + FIRST + t of x for every bit t of APART).
+// Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is no need for another launch); CLUSTER (see
+// slabs.cuh); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at
+// once: it divides W, Q and shift); DOWN (neighbouring threads lay out neighbouring rows, which lie in different banks);
+// DENSE (planes arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel
+// rows); DILATED (dilation_h is above 1); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART
+// (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "runs.cuh"
+#include "slabs.cuh"
 #include "wgrad_plainly.cuh"
 
 using T = CUCONV_T;
@@ -186,7 +187,7 @@ __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, 
   while (row < all_rows) move(Count<1>{});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_diagonals(const T* dy, const T* x, float* partials, T* dw, T* dbias,
                               const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
@@ -334,15 +335,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const int taps = g.R * g.S;
   const int entries = taps + kBias;
-  const auto deliver = [&](int of_plane, int tap, float total) {
+  // Of shared memory, behind the sums of every thread.
+  float* const totals = reinterpret_cast<float*>(shared) + kWarps * kLaneSums * kWarp;
+  const auto store = [&](int of_plane, int tap, float total) {
     const int64 k = k0 + of_plane;
-    if (!kFinal) {
-      partials[(static_cast<int64>(blockIdx.x) * entries + tap) * g.K + k] = total;
-    } else if (tap < taps) {
-      dw[k * taps + tap] = narrow<T>(total);
+    (tap < taps ? dw[k * taps + tap] : dbias[k]) = narrow<T>(total);
+  };
+  const auto deliver = [&](int of_plane, int tap, float total) {
+    if (kCluster > 1) {
+      totals[of_plane * entries + tap] = total;
+    } else if (kFinal) {
+      store(of_plane, tap, total);
     } else {
-      dbias[k] = narrow<T>(total);
+      partials[(static_cast<int64>(blockIdx.x) * entries + tap) * g.K + k0 + of_plane] = total;
     }
+  };
+  const auto add_slabs = [&] {
+    if (kCluster > 1)
+      add_of_cluster<kThreads>(totals, planes * entries, thread, [&](int entry, float total) {
+        const int of_plane = entry / entries;
+        store(of_plane, entry - of_plane * entries, total);
+      });
   };
 
   float seen = 0;
@@ -362,6 +375,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                                       dy_image, tap, lane);
       if (lane == 0) deliver(of_plane, tap, total);
     }
+    add_slabs();
     return;
   }
 
@@ -402,4 +416,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     deliver(of_plane, tap, total);
   }
+  add_slabs();
 }
