@@ -9,7 +9,8 @@
 //
 // Compile-time values: as in depthwise_runs.cu, of which VECTOR is x's and OUT_VECTOR dy's; BIAS (whether dbias is summed
 // too); FINAL (there is no need for another launch); CLUSTER (see slabs.cuh); EXACT (no patch reaches beyond its unit's dy);
-// BLOCKS (that a multiprocessor is to hold, which bounds the registers).
+// BLOCKS (that a multiprocessor is to hold, which bounds the registers); INSIDE_FROM, INSIDE_TO, EXISTING (of single columns
+// without dilation, those of x from and to which, and those of dy to which, exist whatever the patch).
 #include "patches.cuh"
 #include "runs.cuh"
 #include "slabs.cuh"
@@ -36,6 +37,9 @@ constexpr int kVector = CUCONV_VECTOR;
 constexpr int kOutVector = CUCONV_OUT_VECTOR;
 constexpr int kLeft = CUCONV_LEFT;
 constexpr int kWidth = CUCONV_WIDTH;
+constexpr int kInsideFrom = CUCONV_INSIDE_FROM;
+constexpr int kInsideTo = CUCONV_INSIDE_TO;
+constexpr int kExisting = CUCONV_EXISTING;
 
 // What a channel has of partial sums: its weights' and its bias's.
 constexpr int kEntries = kR * kS + kBias;
@@ -100,10 +104,10 @@ __device__ __forceinline__ void add_patch(const Parameters& g, const T* dy, cons
   const int spacing_h = kDilated ? g.spacing_h : 1;
   const int spacing_w = kDilated ? g.spacing_w : 1;
   Row x_row;
-  x_row.template place<kPadded || !kExact>(column, unit_w, g.W);
+  x_row.template place<kPadded || !kExact, kInsideFrom, kInsideTo>(column, unit_w, g.W);
   bool exists[kColumns / kOutVector];
 #pragma unroll
-  for (int v = 0; v < kColumns; v += kOutVector) exists[v / kOutVector] = kExact || v * spacing_w < columns;
+  for (int v = 0; v < kColumns; v += kOutVector) exists[v / kOutVector] = kExact || v + kOutVector <= kExisting || v * spacing_w < columns;
   const bool part = !kExact && (rows <= (kRows - 1) * spacing_h || columns <= (kColumns - 1) * spacing_w);
   Sum gradient[kRows][kColumns] = {};
 #pragma unroll

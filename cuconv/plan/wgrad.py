@@ -258,6 +258,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
     block_units = -(-units // tile.slabs)
     slabs = -(-units // block_units)
     grid = (slabs, -(-g.K // tile.block_planes), 1)
+    inside, existing = _of_all_patches(g, patch)
     cluster = bool(clustered(slabs, grid[1], target.multiprocessors * _resident(g, dtype, bias, target, tile)))
     if units > 2**31 - 1 or any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"{grid} blocks are more than one launch can count")
@@ -285,6 +286,9 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("OUT_VECTOR", patch.out_vector),
             ("LEFT", g.padding[1][0] if patch.whole_rows else g.padding[1][0] % patch.vector),
             ("WIDTH", g.W if patch.whole_rows else 0),
+            ("INSIDE_FROM", inside[0]),
+            ("INSIDE_TO", inside[1]),
+            ("EXISTING", existing),
         ),
         grid=grid,
         block=tile.threads,
@@ -312,6 +316,17 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
         ),
     )
     return WgradPlan(sums, None, 0) if slabs == 1 or cluster else with_reduce(sums, slabs, g, dtype, bias)
+
+
+def _of_all_patches(g: Conv2dGeometry, patch: Patch) -> tuple[Pair, int]:
+    """Of single columns without dilation, those of x that exist whatever the patch, from the first and to the last, and
+    how many of dy do: the first patch may begin, and the last end, outside."""
+    if g.dilation != (1, 1) or patch.vector > 1 or patch.whole_rows:
+        return (0, 0), 0
+    left, last = g.padding[1][0], (g.Q - 1) // patch.columns * patch.columns
+    span = (patch.columns - 1) * patch.stride[1] + g.S
+    to = min(span, g.W + left - last * g.stride[1])
+    return ((left, to) if left < to else (0, 0)), g.Q - last
 
 
 def _exact(g: Conv2dGeometry, patch: Patch) -> Any:
