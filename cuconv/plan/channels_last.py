@@ -331,7 +331,7 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed:
 
 
 def _latency(g: Conv2dGeometry, target: Target, tile: Tile, rows: Any, slots: Any, items: Any, loaded: Any) -> Any:
-    """What ranks tiles where a launch is over before the device is full: a thread's waits for memory one after the other.
+    """What ranks tiles where a launch is over before the device is full: a thread's waits for memory, in turn.
 
     `slots` and the bytes `loaded` are a thread's. Fitted to the times of 1,000 tiles (18 passes of one image, 3x3 and
     5x5, in float32 and float16 on an H200): of those measured, the tile of least cost takes 3 % longer than the fastest

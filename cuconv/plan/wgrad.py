@@ -149,8 +149,8 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
 
 # Slabs that may be a cluster of blocks, as many as every device of 9.0 and newer takes: see cuda/slabs.cuh.
 MOST_OF_CLUSTER = 8
-# Of the blocks that the device holds at once, those of clusters: among so many that it is full, not all clusters of three
-# find room, and those left over take as long as all before.
+# Of the blocks that the device holds at once, those of clusters: where it is full, not all clusters of three find room,
+# and those left over take as long as all before.
 _PART_OF_CLUSTERS = 0.92
 
 
@@ -480,9 +480,9 @@ def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
     """What ranks tiles: the time of a launch, up to a factor.
 
-    The weights were fitted to the times of 4,300 tiles (15 cases in float32 and float16 on an H200), and a little once
-    more to those of 300 with clusters: of these, the tile of least cost takes 2 % longer than the fastest on average, and
-    at most 5 %.
+    The weights were fitted to the times of 4,300 tiles (15 cases in float32 and float16 on an H200), and once more, a
+    little, to those of 500 with clusters: of these, the tile of least cost takes 2 % longer than the fastest on average,
+    and at most 14 % (eff5 in float32).
     """
     size, patch = DTYPES[dtype][1], tile.patch
     elements = tile.block_planes * tile.block_rows * g.Q
@@ -506,7 +506,7 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     entries = g.R * g.S + bias
     plane_threads = np.where(tile.block_planes > 1, items, tile.threads)
     added = entries * (tile.threads + (plane_threads > 1) * tile.block_planes * plane_threads)
-    once = (89 * added + 134 * tile.threads) / (elements * block_units)
+    once = (97 * added + 134 * tile.threads) / (elements * block_units)
     # Bounds, where a patch may reach beyond its unit.
     slots = patch.slots + np.where(_exact(g, patch), 0, 11.6)
     issue = (slots * idle + 43 * tile.threads / elements + once + 0.48 * patch.passes * idle) / 128 / busy
@@ -517,8 +517,8 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     # Some multiprocessors have a block more than others.
     rounds = np.where(filled < resident, np.ceil(filled), np.ceil(filled / resident) * resident)
     uneven = rounds / filled
-    time = np.maximum(issue, memory) + 2.66 * np.minimum(issue, memory) + 61 / (active * elements)
+    time = np.maximum(issue, memory) + 2.93 * np.minimum(issue, memory) + 61 / (active * elements)
     time = time * (1 + 0.0365 * (tile.stages - 2))
-    # Another launch takes 2.5 us.
-    another = (slabs > 1) & np.logical_not(clustered(slabs, groups, target.multiprocessors * resident))
-    return time * (1 + 0.07 * (uneven - 1)) * g.y_size / target.multiprocessors + 8_000 * another
+    # Another launch takes 2.5 us; blocks of a cluster wait for each other.
+    apart = np.where(clustered(slabs, groups, target.multiprocessors * resident), 1_500, 10_000) * (slabs > 1)
+    return time * (1 + 0.0814 * (uneven - 1)) * g.y_size / target.multiprocessors + apart

@@ -36,9 +36,9 @@ _MAX_SUMS = 112
 _MAX_BLOCKS, _REGISTERS = 32, 65536
 _PLANES = (1, 2, 4)
 _IMAGES = (1, 2, 3, 4, 6, 8, 16, 32)
-_PARTS = (1, 2, 3, 4, 5, 7, 8, 9)
+_PARTS = (1, 2, 4, 8)
 # Of a block: more than the former only where the kernel has as many groups of rows.
-_USUAL_WARPS, _MAX_WARPS = 9, 16
+_USUAL_WARPS, _MAX_WARPS = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +212,8 @@ def _block_images(g: Conv2dGeometry, tile: Tile) -> int:
 
 
 def _down(g: Conv2dGeometry, window: Window) -> bool:
-    """Whether neighbouring rows, as they arrive, lie in more banks than neighbouring chunks of a row. Without vectors rows
-    do, but a percent or two of the time is lost."""
+    """Whether neighbouring rows, as they arrive, lie in more banks than neighbouring chunks of a row. Where single
+    elements are loaded rows do so, too, and yet take longer."""
     passes = max(bank_passes(width * _SIZE, _SIZE) for width in (g.W, g.Q))
     return window.vector > 1 and passes < bank_passes(_CHUNK * _SIZE, _SIZE)
 
@@ -325,5 +325,5 @@ def _cost(g: Conv2dGeometry, bias: bool, target: Target, tile: Tile) -> float:
     in_turn = -(-of_multiprocessor // tile.blocks(target))
     time = of_multiprocessor * (turns * (0.21 * issue + 0.65 * passes) + 0.035 * once)
     time += in_turn * (turns * (2.2 * serial + 750) + 4700)
-    # Another launch.
-    return time + 2400 * (tile.slabs > 1 and not tile.clustered(g, target))
+    # Another launch, or that blocks of a cluster wait for each other.
+    return time + (0 if tile.slabs == 1 else 1000 if tile.clustered(g, target) else 5000)
