@@ -194,7 +194,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
     if any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"{grid} blocks are more than one launch can count")
     # Of single columns, neither dilated nor spread, those that exist whatever the patch.
-    single = patch.vector == 1 and not (patch.dilated or patch.whole_rows) and patch.spread.by[1] == 1
+    single = g.padded and patch.vector == 1 and not (patch.dilated or patch.whole_rows) and patch.spread.by[1] == 1
     inside = inside_of_all(g, patch.columns, patch.stride[1]) if single else (0, 0)
     return Plan(
         source="depthwise_runs",
