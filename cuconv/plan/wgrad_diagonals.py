@@ -28,7 +28,7 @@ _SIZE = 2
 # Columns of a chunk, and rows of dy in a product: see the kernel.
 _CHUNK, _STEP = 8, 16
 # A warp's products of one step are unrolled: so many chunks of a row and pairs of kernel rows.
-_MAX_CHUNKS = 20
+_MAX_CHUNKS = 16
 _PAIRS = (4, 8)
 # Sums of a lane.
 _MAX_SUMS = 112
