@@ -14,8 +14,7 @@
 // them); LEFT (what padding adds to a column, modulo VECTOR); WIDTH (W where a patch spans the whole row, so that what
 // falls outside is known at compile time, and LEFT is the padding itself; 0 elsewhere); HEIGHT, TOP (H and the padding
 // where a patch spans the whole plane from top to bottom; 0 elsewhere); PAIRED (where columns are dilated: every two
-// columns of a patch are neighbours, of which the first starts a pair of elements of x, be it a column before the row);
-// INSIDE_FROM, INSIDE_TO (of single columns of x, from which and to which they exist whatever the patch).
+// columns of a patch are neighbours, of which the first starts a pair of elements of x, be it a column before the row).
 //
 // Spread: x's rows are SPREAD_H apart, as if there were SPREAD_H - 1 rows between any two, which no tap meets. Patches
 // start at multiples of SPREAD_H, so that in each of them the first row of x is met by tap FIRST_H of the first output,
@@ -52,8 +51,6 @@ constexpr int kVector = CUCONV_VECTOR;
 constexpr int kOutVector = CUCONV_OUT_VECTOR;
 constexpr int kLeft = CUCONV_LEFT;
 constexpr int kWidth = CUCONV_WIDTH;
-constexpr int kInsideFrom = CUCONV_INSIDE_FROM;
-constexpr int kInsideTo = CUCONV_INSIDE_TO;
 constexpr int kTop = CUCONV_TOP;
 constexpr int kHeight = CUCONV_HEIGHT;
 constexpr bool kPaired = CUCONV_PAIRED;
@@ -163,7 +160,7 @@ __device__ __forceinline__ void convolve(const Parameters& g, const T* source, i
   const int unit_h = kDilated ? g.dilation_h : 1;
   const int unit_w = kDilated ? g.dilation_w : 1;
   Row x_row;
-  x_row.template place<kPadded, kInsideFrom, kInsideTo>(column, unit_w, g.W);
+  x_row.template place<kPadded>(column, unit_w, g.W);
 #pragma unroll
   for (int i = 0; i < kSpanH; ++i) {
     if (!kHeight || (kTop <= i && i < kTop + kHeight)) {

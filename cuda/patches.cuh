@@ -89,7 +89,7 @@ struct PairsOfPatch {
 
   uint32 mask[kPairs * kWords];
 
-  template <bool kChecked, int kInsideFrom, int kInsideTo>
+  template <bool kChecked>
   __device__ __forceinline__ void place(int column, int unit, int W) {
 #pragma unroll
     for (int k = 0; k < kPairs * kWords; ++k)

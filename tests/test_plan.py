@@ -571,11 +571,6 @@ def test_the_number_of_variants_is_bounded(make):
     assert choices.pop("VECTOR") <= 3
     assert choices.pop("OUT_VECTOR") <= 3
     assert choices.pop("LEFT") <= 10
-    # Columns of a patch of single elements, and of those the kernel's.
-    widest = max(runs._UNALIGNED_COLUMNS)
-    assert seen["INSIDE_FROM"] <= set(range(3))
-    assert seen["INSIDE_TO"] <= set(range((widest - 1) * 2 + 3 + 1))
-    choices.pop("INSIDE_FROM"), choices.pop("INSIDE_TO")
     assert choices.pop("INDEX", 1) == 1  # dgrad of strides and dilations is direct
     assert all(count <= 2 for count in choices.values()), choices
 

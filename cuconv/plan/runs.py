@@ -193,9 +193,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
     grid = (-(-g.P // tile.block_rows), -(-image_planes // tile.block_planes), -(-images // tile.block_images))
     if any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"{grid} blocks are more than one launch can count")
-    # Of single columns, neither dilated nor spread, those that exist whatever the patch.
-    single = g.padded and patch.vector == 1 and not (patch.dilated or patch.whole_rows) and patch.spread.by[1] == 1
-    inside = inside_of_all(g, patch.columns, patch.stride[1]) if single else (0, 0)
     return Plan(
         source="depthwise_runs",
         defines=(
@@ -224,8 +221,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("TOP", g.padding[0][0] if patch.whole_columns else 0),
             ("HEIGHT", g.H if patch.whole_columns else 0),
             ("PAIRED", int(patch.paired)),
-            ("INSIDE_FROM", inside[0]),
-            ("INSIDE_TO", inside[1]),
         ),
         grid=grid,
         block=tile.threads,
@@ -256,14 +251,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("total_x", g.x_size),
         ),
     )
-
-
-def inside_of_all(g: Conv2dGeometry, columns: int, stride: int) -> Pair:
-    """Of the columns of x that a patch of so many columns needs, from which to which they exist whatever the patch: the
-    first may begin outside, and the last end there."""
-    left, last = g.padding[1][0], (g.Q - 1) // columns * columns
-    to = min((columns - 1) * stride + g.S, g.W + left - last * g.stride[1])
-    return (left, to) if 0 <= left < to else (0, 0)
 
 
 def _summed(g: Conv2dGeometry) -> int:

@@ -32,7 +32,7 @@ from .base import (
     stack,
     those_of,
 )
-from .runs import MAX_TAPS, bank_passes, inside_of_all, run_bytes
+from .runs import MAX_TAPS, bank_passes, run_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +260,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
     grid = (slabs, -(-g.K // tile.block_planes), 1)
     # Of single columns without dilation, those that exist whatever the patch: of x, and of dy.
     single = g.dilation == (1, 1) and patch.vector == 1 and not patch.whole_rows
-    inside = inside_of_all(g, patch.columns, patch.stride[1]) if single else (0, 0)
+    inside = _inside_of_all(g, patch.columns, patch.stride[1]) if single else (0, 0)
     existing = g.Q - (g.Q - 1) // patch.columns * patch.columns if single else 0
     cluster = bool(clustered(slabs, grid[1], target.multiprocessors * _resident(g, dtype, bias, target, tile)))
     if units > 2**31 - 1 or any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
@@ -319,6 +319,14 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
         ),
     )
     return WgradPlan(sums, None, 0) if slabs == 1 or cluster else with_reduce(sums, slabs, g, dtype, bias)
+
+
+def _inside_of_all(g: Conv2dGeometry, columns: int, stride: int) -> Pair:
+    """Of the columns of x that a patch of so many columns needs, from which to which they exist whatever the patch: the
+    first may begin outside, and the last end there."""
+    left, last = g.padding[1][0], (g.Q - 1) // columns * columns
+    to = min((columns - 1) * stride + g.S, g.W + left - last * g.stride[1])
+    return (left, to) if 0 <= left < to else (0, 0)
 
 
 def _exact(g: Conv2dGeometry, patch: Patch) -> Any:
