@@ -103,7 +103,8 @@ class Tile:
     @property
     def registers(self) -> int:
         """That a thread is allowed."""
-        return min(255, 48 + 4 * self.pairs * self.window.offsets + 2 * self.window.dy_chunks)
+        single = 8 * (self.window.vector == 1)
+        return min(255, 48 + single + 4 * self.pairs * self.window.offsets + 2 * self.window.dy_chunks)
 
     @property
     def blocks_of_registers(self) -> int:
