@@ -519,10 +519,7 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     uneven = rounds / filled
     time = np.maximum(issue, memory) + 2.66 * np.minimum(issue, memory) + 61 / (active * elements)
     time = time * (1 + 0.0365 * (tile.stages - 2))
-    # Clusters that leave room are not spread over all multiprocessors evenly.
-    held = target.multiprocessors * resident
-    cluster = clustered(slabs, groups, held)
-    time = time * np.where(cluster & (slabs * groups < 0.75 * held) & (resident > 1), 1.04, 1.0)
+    cluster = clustered(slabs, groups, target.multiprocessors * resident)
     # Another launch takes 2.5 us; blocks of a cluster wait for each other.
     apart = np.where(cluster, 1_500, 10_000) * (slabs > 1)
     return time * (1 + 0.07 * (uneven - 1)) * g.y_size / target.multiprocessors + apart
