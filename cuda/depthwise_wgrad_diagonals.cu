@@ -16,14 +16,17 @@
 // products of chunks that are padding are left out. Whatever of dy is not finite, and whatever of x any tap meets, makes
 // sums that are not finite: where there is one the block does it over, plainly.
 //
-// Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
-// THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at once: it
-// divides W, Q and shift); DENSE (planes arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel rows); DILATED (dilation_h is above 1); PAIRS (of
-// kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
+// Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is no need for another launch); CLUSTER (see
+// slabs.cuh); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at
+// once: it divides W, Q and shift); DOWN (neighbouring threads lay out neighbouring rows, which lie in different banks);
+// DENSE (planes arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel
+// rows); DILATED (dilation_h is above 1); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART
+// (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "products.cuh"
 #include "runs.cuh"
+#include "slabs.cuh"
 #include "wgrad_plainly.cuh"
 
 using T = CUCONV_T;
@@ -33,6 +36,7 @@ constexpr bool kFinal = CUCONV_FINAL;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kVector = CUCONV_VECTOR;
+constexpr bool kDown = CUCONV_DOWN;
 constexpr bool kDense = CUCONV_DENSE;
 constexpr bool kGrouped = CUCONV_GROUPED;
 constexpr bool kDilated = CUCONV_DILATED;
@@ -90,14 +94,20 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// A chunk of a row that starts at a multiple of kElements elements.
+// A chunk of a row that starts at a multiple of kElements elements. At any element, it is shifted out of whole words.
 template <int kElements>
 __device__ __forceinline__ Words load_chunk(const T* source) {
   Words words;
   if constexpr (kElements == 1) {
+    const uint32 odd = static_cast<uint32>(reinterpret_cast<uint64>(source) / sizeof(T) % 2);
+    const uint32* const from = reinterpret_cast<const uint32*>(source - odd);
+    uint32 low = from[0];
 #pragma unroll
-    for (int e = 0; e < kChunk; e += 2)
-      words.piece[e / 2] = source[e].bits | static_cast<uint32>(source[e + 1].bits) << 16;
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const uint32 high = from[i + 1];
+      words.piece[i] = __funnelshift_r(low, high, 16 * odd);
+      low = high;
+    }
   } else {
 #pragma unroll
     for (int e = 0; e < kChunk; e += kElements) {
@@ -110,14 +120,14 @@ __device__ __forceinline__ Words load_chunk(const T* source) {
 }
 
 // The rows of so many planes, which arrived `unit` elements apart, to chunks of a layout where planes are `slot` elements
-// apart, kGaps if there are other rows between them. Threads keep to one place of a row. What lies beside a row is loaded
-// too, wherever it belongs, and made zero.
+// apart, kGaps if there are other rows between them. Threads keep to one place of a row; neighbours are at the next place,
+// or, kDown, in the next row. What lies beside a row is loaded too, wherever it belongs, and made zero.
 template <int kChunks, int kPitch, bool kGaps>
 __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, int unit, int rows, int width, int slot,
                                         uint32 rows_magic, int shift, int thread) {
   constexpr int kRowsAtOnce = kThreads / kChunks;
   if (thread >= kRowsAtOnce * kChunks) return;
-  const int column = thread % kChunks * kChunk - shift;
+  const int column = (kDown ? thread / kRowsAtOnce : thread % kChunks) * kChunk - shift;
   Words present;
 #pragma unroll
   for (int e = 0; e < kChunk; e += 2)
@@ -126,7 +136,7 @@ __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, 
   const int all_rows = planes * rows;
   const int source_gap = kDense ? 0 : unit - rows * width;
   const int layout_gap = kGaps ? slot - rows * kPitch : 0;
-  int row = thread / kChunks;
+  int row = kDown ? thread % kRowsAtOnce : thread / kChunks;
   const int plane = divide(row, rows_magic);
   int plane_row = row - plane * rows;
   source += row * width + plane * source_gap + column;
@@ -168,7 +178,7 @@ __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, 
   while (row < all_rows) move(Count<1>{});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_diagonals(const T* dy, const T* x, float* partials, T* dw, T* dbias,
                               const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
@@ -316,15 +326,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const int taps = g.R * g.S;
   const int entries = taps + kBias;
-  const auto deliver = [&](int of_plane, int tap, float total) {
+  // Of shared memory, behind the sums of every thread.
+  float* const totals = reinterpret_cast<float*>(shared) + kWarps * kLaneSums * kWarp;
+  const auto store = [&](int of_plane, int tap, float total) {
     const int64 k = k0 + of_plane;
-    if (!kFinal) {
-      partials[(static_cast<int64>(blockIdx.x) * entries + tap) * g.K + k] = total;
-    } else if (tap < taps) {
-      dw[k * taps + tap] = narrow<T>(total);
+    (tap < taps ? dw[k * taps + tap] : dbias[k]) = narrow<T>(total);
+  };
+  const auto deliver = [&](int of_plane, int tap, float total) {
+    if (kCluster > 1) {
+      totals[of_plane * entries + tap] = total;
+    } else if (kFinal) {
+      store(of_plane, tap, total);
     } else {
-      dbias[k] = narrow<T>(total);
+      partials[(static_cast<int64>(blockIdx.x) * entries + tap) * g.K + k0 + of_plane] = total;
     }
+  };
+  const auto add_slabs = [&] {
+    if (kCluster > 1)
+      add_of_cluster<kThreads>(totals, planes * entries, thread, [&](int entry, float total) {
+        const int of_plane = entry / entries;
+        store(of_plane, entry - of_plane * entries, total);
+      });
   };
 
   float seen = 0;
@@ -344,6 +366,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                                       dy_image, tap, lane);
       if (lane == 0) deliver(of_plane, tap, total);
     }
+    add_slabs();
     return;
   }
 
@@ -384,4 +407,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     deliver(of_plane, tap, total);
   }
+  add_slabs();
 }

@@ -4,13 +4,16 @@
 // some rows of these planes in one image. Two bulk copies bring a unit's runs of dy and, halo included, of x, while the
 // units before it are worked on. Threads take patches of dy, as depthwise_runs takes patches of y: every element of dy and
 // of x is loaded once a patch, and R x S sums stay in a thread's registers through all units. In the end they are added in
-// a fixed order, thread by thread; depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are
-// several.
+// a fixed order, thread by thread; the blocks of a cluster, or depthwise_wgrad_reduce, do so with the partial sums of all
+// slabs, where there are several.
 //
 // Compile-time values: as in depthwise_runs.cu, of which VECTOR is x's and OUT_VECTOR dy's; BIAS (whether dbias is summed
-// too); FINAL (there is one slab, and no need for another launch); EXACT (no patch reaches beyond its unit's dy); BLOCKS (that a multiprocessor is to hold, which bounds the registers).
+// too); FINAL (there is no need for another launch); CLUSTER (see slabs.cuh); EXACT (no patch reaches beyond its unit's dy);
+// BLOCKS (that a multiprocessor is to hold, which bounds the registers); INSIDE_FROM, INSIDE_TO, EXISTING (of single columns
+// without dilation, those of x from and to which, and those of dy to which, exist whatever the patch).
 #include "patches.cuh"
 #include "runs.cuh"
+#include "slabs.cuh"
 
 using T = CUCONV_T;
 using Sum = Accumulator<T>;
@@ -34,6 +37,9 @@ constexpr int kVector = CUCONV_VECTOR;
 constexpr int kOutVector = CUCONV_OUT_VECTOR;
 constexpr int kLeft = CUCONV_LEFT;
 constexpr int kWidth = CUCONV_WIDTH;
+constexpr int kInsideFrom = CUCONV_INSIDE_FROM;
+constexpr int kInsideTo = CUCONV_INSIDE_TO;
+constexpr int kExisting = CUCONV_EXISTING;
 
 // What a channel has of partial sums: its weights' and its bias's.
 constexpr int kEntries = kR * kS + kBias;
@@ -98,10 +104,10 @@ __device__ __forceinline__ void add_patch(const Parameters& g, const T* dy, cons
   const int spacing_h = kDilated ? g.spacing_h : 1;
   const int spacing_w = kDilated ? g.spacing_w : 1;
   Row x_row;
-  x_row.template place<kPadded || !kExact>(column, unit_w, g.W);
+  x_row.template place<kPadded || !kExact, kInsideFrom, kInsideTo>(column, unit_w, g.W);
   bool exists[kColumns / kOutVector];
 #pragma unroll
-  for (int v = 0; v < kColumns; v += kOutVector) exists[v / kOutVector] = kExact || v * spacing_w < columns;
+  for (int v = 0; v < kColumns; v += kOutVector) exists[v / kOutVector] = kExact || v + kOutVector <= kExisting || v * spacing_w < columns;
   const bool part = !kExact && (rows <= (kRows - 1) * spacing_h || columns <= (kColumns - 1) * spacing_w);
   Sum gradient[kRows][kColumns] = {};
 #pragma unroll
@@ -169,7 +175,7 @@ __device__ __forceinline__ void clear(Sum (&sum)[kR][kS]) {
     for (int s = 0; s < kS; ++s) sum[r][s] = Sum(0);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_runs(const T* dy, const T* x, Sum* partials, T* dw, T* dbias,
                          const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
@@ -268,39 +274,49 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
 
-  const auto deliver = [&](int of_plane, int tap, Sum total) {
+  // All loads have landed and been read: their memory is free for the sums of every thread, and behind them the block's.
+  Sum* const sums = reinterpret_cast<Sum*>(shared);
+  Sum* const totals = sums + kEntries * kThreads;
+  const auto store = [&](int of_plane, int tap, Sum total) {
     const int64 k = k0 + of_plane;
-    if (!kFinal) {
-      partials[(static_cast<int64>(blockIdx.x) * kEntries + tap) * g.K + k] = total;
-    } else if (tap < kR * kS) {
-      dw[k * (kR * kS) + tap] = narrow<T>(total);
+    (tap < kR * kS ? dw[k * (kR * kS) + tap] : dbias[k]) = narrow<T>(total);
+  };
+  const auto deliver = [&](int of_plane, int tap, Sum total) {
+    if (kCluster > 1) {
+      totals[of_plane * kEntries + tap] = total;
+    } else if (kFinal) {
+      store(of_plane, tap, total);
     } else {
-      dbias[k] = narrow<T>(total);
+      partials[(static_cast<int64>(blockIdx.x) * kEntries + tap) * g.K + k0 + of_plane] = total;
     }
   };
   if (plane_threads == 1) {
-    if (plane >= planes) return;
+    if (plane < planes) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r)
+#pragma unroll
+        for (int s = 0; s < kS; ++s) deliver(plane, r * kS + s, sum[r][s]);
+      if (kBias) deliver(plane, kR * kS, bias_sum);
+    }
+  } else {
 #pragma unroll
     for (int r = 0; r < kR; ++r)
 #pragma unroll
-      for (int s = 0; s < kS; ++s) deliver(plane, r * kS + s, sum[r][s]);
-    if (kBias) deliver(plane, kR * kS, bias_sum);
-    return;
+      for (int s = 0; s < kS; ++s) sums[(r * kS + s) * kThreads + thread] = sum[r][s];
+    if (kBias) sums[kR * kS * kThreads + thread] = bias_sum;
+    __syncthreads();
+    for (int entry = thread; entry < g.block_planes * kEntries; entry += kThreads) {
+      const int tap = divide(entry, g.block_planes_magic);
+      const int of_plane = entry - tap * g.block_planes;
+      const Sum* const terms = sums + tap * kThreads + of_plane * plane_threads;
+      Sum total = 0;
+      for (int i = 0; i < plane_threads; ++i) total += terms[i];
+      if (of_plane < planes) deliver(of_plane, tap, total);
+    }
   }
-  // All loads have landed and been read: their memory is free for the sums of every thread.
-  Sum* const sums = reinterpret_cast<Sum*>(shared);
-#pragma unroll
-  for (int r = 0; r < kR; ++r)
-#pragma unroll
-    for (int s = 0; s < kS; ++s) sums[(r * kS + s) * kThreads + thread] = sum[r][s];
-  if (kBias) sums[kR * kS * kThreads + thread] = bias_sum;
-  __syncthreads();
-  for (int entry = thread; entry < g.block_planes * kEntries; entry += kThreads) {
-    const int tap = divide(entry, g.block_planes_magic);
-    const int of_plane = entry - tap * g.block_planes;
-    const Sum* const terms = sums + tap * kThreads + of_plane * plane_threads;
-    Sum total = 0;
-    for (int i = 0; i < plane_threads; ++i) total += terms[i];
-    if (of_plane < planes) deliver(of_plane, tap, total);
-  }
+  if (kCluster > 1)
+    add_of_cluster<kThreads>(totals, planes * kEntries, thread, [&](int entry, Sum total) {
+      const int of_plane = entry / kEntries;
+      store(of_plane, entry - of_plane * kEntries, total);
+    });
 }

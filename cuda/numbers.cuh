@@ -101,9 +101,17 @@ __device__ __forceinline__ void widen_packed(const Packed<T, kCount>& packed, Ac
 // load_packed, widened. Not by calling it: a vector that a function returns costs the loops around it up to 50 registers.
 template <int kCount, class T>
 __device__ __forceinline__ void load_widened(const T* source, bool present, Accumulator<T> (&value)[kCount]) {
-  Packed<T, kCount> packed = {};
-  if (present) packed = *reinterpret_cast<const Packed<T, kCount>*>(source);
-  widen_packed<T, kCount>(packed, value);
+  if constexpr (kCount == 1 && sizeof(T) == 2) {
+    // As a word, which a load and a zero fill alike: halves of registers the compiler brings together once more.
+    uint32 bits = 0;
+    if (present) bits = source->bits;
+    float none;
+    widen_pair(T{}, bits, value[0], none);
+  } else {
+    Packed<T, kCount> packed = {};
+    if (present) packed = *reinterpret_cast<const Packed<T, kCount>*>(source);
+    widen_packed<T, kCount>(packed, value);
+  }
 }
 
 // kCount values, narrowed; `destination` is a multiple of kCount elements.

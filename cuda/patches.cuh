@@ -17,12 +17,15 @@ struct RowOfPatch {
 
   bool vector_within[kVectors];
 
-  // `column` is where the span starts in x; where no tap can fall outside, kChecked is false.
-  template <bool kChecked>
+  // `column` is where the span starts in x; where no tap can fall outside, kChecked is false. Single columns from
+  // kInsideFrom on and before kInsideTo are in x whatever the patch.
+  template <bool kChecked, int kInsideFrom = 0, int kInsideTo = 0>
   __device__ __forceinline__ void place(int column, int unit, int W) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)
-      vector_within[v] = !kChecked || within(column + (v * kVector - kPhase) * unit, W);
+    for (int v = 0; v < kVectors; ++v) {
+      const bool inside = kVector == 1 && kInsideFrom <= v && v < kInsideTo;
+      vector_within[v] = !kChecked || inside || within(column + (v * kVector - kPhase) * unit, W);
+    }
   }
 
   // Zeros outside; `source` is where the span starts in this row, or would.

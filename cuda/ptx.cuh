@@ -16,6 +16,9 @@ static_assert(sizeof(int64) == 8 && sizeof(uint64) == 8 && sizeof(uint32) == 4 &
 // All of a block's dynamic shared memory, aligned for the copy engine and for 16-byte vectors.
 #define CUCONV_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
+// So many blocks along x of the grid are a cluster.
+#define CUCONV_BLOCKS_OF_CLUSTER(count) __cluster_dims__(count, 1, 1)
+
 namespace ptx {
 
 __device__ __forceinline__ float half_to_float(uint16 bits) {
@@ -252,6 +255,40 @@ __device__ __forceinline__ void bulk_store_wait_read() {
 
 // Shows this thread's ordinary writes to shared memory to the copy engine; a block barrier must follow.
 __device__ __forceinline__ void fence_shared_for_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Waits for all threads of the cluster, and shows each what the others wrote to shared memory before.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// What the block of this rank in the cluster has at an address of shared memory.
+__device__ __forceinline__ float load_of_cluster(const float* shared, uint32 rank) {
+  float value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 place;\n"
+      "mapa.shared::cluster.u32 place, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [place];\n"
+      "}"
+      : "=f"(value)
+      : "r"(shared_address(shared)), "r"(rank)
+      : "memory");
+  return value;
+}
+
+__device__ __forceinline__ double load_of_cluster(const double* shared, uint32 rank) {
+  double value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 place;\n"
+      "mapa.shared::cluster.u32 place, %1, %2;\n"
+      "ld.shared::cluster.f64 %0, [place];\n"
+      "}"
+      : "=d"(value)
+      : "r"(shared_address(shared)), "r"(rank)
+      : "memory");
+  return value;
+}
 
 #endif  // sm_90
 

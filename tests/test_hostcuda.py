@@ -507,3 +507,32 @@ def test_overruns_end_the_process_under_the_address_sanitizer():
         assert child.returncode != 0, name
         assert "AddressSanitizer" in output, name
         assert "kernel.cu" in output, name
+
+
+CLUSTER = """
+  CUCONV_DYNAMIC_SHARED(bytes);
+  float* const own = reinterpret_cast<float*>(bytes);
+  own[threadIdx.x] = x[32 * blockIdx.x + threadIdx.x];
+  {meeting}
+  if (blockIdx.x == {reader}) {{
+    float total = 0;
+    for (int rank = 0; rank < 3; ++rank) total += ptx::load_of_cluster(own + {at}, rank);
+    x[threadIdx.x] = total;
+  }}
+  ptx::cluster_meet();
+"""
+
+
+def test_the_last_block_of_a_cluster_reads_what_the_others_have():
+    numbers = np.arange(96, dtype=np.float32)
+    launch = {"grid": 3, "shared": 128, "parameters": "float* x"}
+    right = CLUSTER.format(meeting="ptx::cluster_meet();", reader=2, at="threadIdx.x")
+    (totals,) = run(right, numbers, **launch)
+    assert np.array_equal(totals[:32], numbers.reshape(3, 32).sum(axis=0))
+    for fault, message in (
+        ({"meeting": "", "reader": 2, "at": "threadIdx.x"}, "has not met it"),
+        ({"meeting": "ptx::cluster_meet();", "reader": 1, "at": "threadIdx.x"}, "has not met it"),
+        ({"meeting": "ptx::cluster_meet();", "reader": 2, "at": "threadIdx.x + 1"}, "outside shared memory"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(CLUSTER.format(**fault), numbers, **launch)

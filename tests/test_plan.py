@@ -25,6 +25,7 @@ from cuconv.plan import (
     runs,
     tiles,
     toeplitz,
+    wgrad,
     wgrad_diagonals,
 )
 
@@ -745,6 +746,7 @@ def test_the_number_of_variants_of_wgrad_on_tensor_cores_is_bounded(variant):
         assert seen.pop("X_CHUNKS") | seen.pop("DY_CHUNKS") <= set(range(1, wgrad_diagonals._MAX_CHUNKS + 1))
         assert seen.pop("FIRST") <= {-1, 0}
         assert max(seen.pop("APART")).bit_length() <= 3
+        assert seen.pop("CLUSTER") <= set(range(1, wgrad.MOST_OF_CLUSTER + 1))
     else:
         assert seen.pop("R") | seen.pop("S") <= set(range(1, 9))
         assert seen.pop("CHUNKS") <= {1, 2, 3, 4, 5, 6, 7}

@@ -139,8 +139,10 @@ def test_runs_with_infinite_weights(device, rng, whole):
         ("float32", (3, 20, 14, 14), (20, 1, 3, 3), {"padding": ((1, 1), (1, 1))}),
         ("bfloat16", (5, 2, 37, 22), (4, 1, 2, 3), {"padding": ((1, 0), (2, 1)), "stride": (2, 1)}),
         ("float32", (2, 3, 40, 31), (3, 1, 3, 2), {"padding": ((2, 2), (0, 3)), "dilation": (2, 3)}),
+        ("bfloat16", (6, 3, 21, 33), (3, 1, 3, 3), {"padding": ((1, 2), (1, 2))}),
+        ("float16", (3, 2, 19, 41), (2, 1, 3, 4), {"padding": (1, 0), "stride": (1, 2)}),
     ],
-    ids=["small_planes", "strided", "dilated"],
+    ids=["small_planes", "strided", "dilated", "odd_rows", "odd_rows_strided"],
 )
 def test_runs_of_wgrad(device, rng, dtype, x_shape, w_shape, numbers):
     """Units of rows and of planes, few and many slabs, all stages, patches that end where dy does and that do not."""
@@ -155,10 +157,14 @@ def test_runs_of_wgrad(device, rng, dtype, x_shape, w_shape, numbers):
         yield "vectors", patch.vector, patch.out_vector, patch.whole_rows
         yield "planes", tile.block_planes > 1, g.K % tile.block_planes > 0
         yield "stages", tile.stages, tile.slabs > g.N
-        yield "slabs", tile.slabs > 1
+        yield "slabs", tile.slabs > 1, blocks_of_cluster(wgrad.tile_plan(g, dtype, True, device.target, tile))
 
     for tile in each_kind_once(wgrad.tiles_of_runs(g, dtype, True, device.target, aligned=True), kinds):
         check_wgrad(device, g, wgrad.tile_plan(g, dtype, True, device.target, tile), dy, x)
+
+
+def blocks_of_cluster(chosen):
+    return dict(chosen.sums.defines)["CLUSTER"]
 
 
 def check_wgrad(device, g, chosen, dy, x):
@@ -170,6 +176,29 @@ def check_wgrad(device, g, chosen, dy, x):
     if chosen.reduce is not None:
         kernels.load(chosen.reduce, 0)(*(array.data.ptr for array in given[2:]))
     oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers_of(g))
+
+
+@pytest.mark.parametrize("variant", ["runs", "diagonals"])
+def test_clusters_of_wgrad_with_infinities(device, rng, variant):
+    """A block that does its work over meets the others of its cluster as they meet it."""
+    g = depthwise_geometry((6, 8, 14, 14), (8, 1, 3, 3), padding=1)
+    dy, x = random_dy(rng, g, "float16"), oracle.random_arrays(rng, g.x_shape, g.w_shape, "float16")[0]
+    x[1, 2, 5, 0], dy[5, 4, 0, 13] = np.inf, np.nan
+    if variant == "runs":
+        choices = wgrad.tiles_of_runs(g, "float16", True, device.target, aligned=True)
+        plans = [wgrad.tile_plan(g, "float16", True, device.target, tile) for tile in choices]
+    else:
+        choices = wgrad_diagonals.tiles(g, True, device.target)
+        plans = [wgrad_diagonals.tile_plan(g, "float16", True, device.target, tile) for tile in choices]
+    chosen = next(plan for plan in plans if blocks_of_cluster(plan) > 2)
+    dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (g.w_shape, g.w_shape[:1]))
+    given = device.array(dy), device.array(x), device.array(np.zeros(1, np.uint8)), dw, dbias
+    kernels.load(chosen.sums, 0)(*(array.data.ptr for array in given))
+    for exact, result in zip(oracle.wgrad(dy, x, g.w_shape, **numbers_of(g)), (dw, dbias), strict=True):
+        result, finite = device.host(result), np.isfinite(exact)
+        assert 0 < finite.sum() < exact.size
+        np.testing.assert_array_equal(np.isfinite(result), finite)
+        np.testing.assert_array_equal(result[~finite], exact[~finite])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +221,7 @@ def test_diagonals(device, rng, dtype, x_shape, w_shape, numbers):
         yield "images", tile.images, g.N % tile.images > 0
         yield "groups", tile.row_groups
         yield "warps", min(tile.parts, 3), tile.planes > 1
-        yield "slabs", tile.slabs > 1
+        yield "slabs", tile.slabs > 1, blocks_of_cluster(wgrad_diagonals.tile_plan(g, dtype, True, device.target, tile))
 
     for tile in each_kind_once(wgrad_diagonals.tiles(g, True, device.target), kinds):
         check_wgrad(device, g, wgrad_diagonals.tile_plan(g, dtype, True, device.target, tile), dy, x)

@@ -39,6 +39,10 @@ _MAX_BYTES_AHEAD = 96
 _MAX_VALUES = 118
 # Bytes of a pixel, of which less is for this kernel what is not for the staged one.
 _SHORT_PIXEL = 64
+# Outputs that are done before the device is full.
+_SMALL = 2**19
+# Images, their elements and taps for which this takes less time than the staged kernel.
+_FEW_IMAGES, _FEW_ELEMENTS, _FEW_TAPS = 2, 2**20, 25
 # From compute capability 10.0 on, the compiler takes some more for itself in bfloat16.
 _MAX_VALUES_10_0 = 112
 # Multiplications of the unrolled rows: beyond, the code outgrows the instruction cache and takes seconds to compile.
@@ -65,12 +69,15 @@ class Tile:
 
 
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
-    """Where this takes less time than depthwise_channels_last_staged, which shares out short pixels to few threads.
+    """Where this takes less time than depthwise_channels_last_staged, which shares out short pixels to few threads, and
+    waits for its first rows before it begins.
 
     On an H200, percent of the floor by this and by the other: 3x1 of 8 channels 96 and 77 in float32, 89 and 50 in
-    bfloat16.
+    bfloat16. Microseconds in float32: one image of 512 planes of 14x14 3.0 and 3.5, of 144 of 56x56 4.2 and 6.0, two of
+    these 5.5 and 6.1; four of 96 planes of 28x28 4.2 and 4.1, and 7x7 on one of 96 planes of 56x56 8.1 and 6.9.
     """
-    return g.channels_last and g.K * DTYPES[dtype][1] < _SHORT_PIXEL
+    few = g.N <= _FEW_IMAGES and g.x_size <= _FEW_ELEMENTS and g.R * g.S <= _FEW_TAPS
+    return g.channels_last and (g.K * DTYPES[dtype][1] < _SHORT_PIXEL or few)
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
@@ -286,7 +293,7 @@ def _values(tile: Tile, g: Conv2dGeometry, size: int, transposed: bool) -> Any:
 
 
 def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed: bool) -> Any:
-    """What ranks tiles: issue slots an output, and what else takes time in the same unit.
+    """What ranks tiles: issue slots an output, and what else takes time in the same unit; of small outputs, latency.
 
     The weights were fitted to the times of 1,700 tiles (11 cases in float32 and float16 on an H200): of those measured,
     the tile of least cost takes 1.5 % longer than the fastest on average, and at most 7 %.
@@ -305,6 +312,8 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed:
     # Rows of x that the patch's neighbours need too meet sums in vain.
     products = rows * g.R * g.S * max(1, size // 4) / (tile.rows * (g.stride[1] if transposed else tile.stride[0]))
     slots = (rows * row_slots + tile.rows * stores + fixed) / outputs + products
+    if g.y_size <= _SMALL:
+        return _latency(g, target, tile, rows, slots * outputs, items, rows * columns * tile.vector * size)
     # 128 bytes a pass through L1.
     passes = np.maximum(1, tile.vector * size / 4) * (rows * columns + tile.rows * tile.columns) / outputs
     registers = np.minimum(255, 10.6 + 1.3 * _values(tile, g, size, transposed))
@@ -319,3 +328,22 @@ def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, transposed:
     # At the memory's bandwidth a multiprocessor moves a byte in the time of 7 issue slots.
     memory = 7 * moved * (1 + 3260 / flight)
     return (np.maximum(issue, memory) + 0.19 * np.minimum(issue, memory)) * (1 + 0.52 / waves)
+
+
+def _latency(g: Conv2dGeometry, target: Target, tile: Tile, rows: Any, slots: Any, items: Any, loaded: Any) -> Any:
+    """What ranks tiles where a launch is over before the device is full: a thread's waits for memory, in turn.
+
+    `slots` and the bytes `loaded` are a thread's. Fitted to the times of 1,000 tiles (18 passes of one image, 3x3 and
+    5x5, in float32 and float16 on an H200): of those measured, the tile of least cost takes 3 % longer than the fastest
+    on average, and at most 9 %.
+    """
+    # Of the multiprocessor that has the most.
+    blocks = np.ceil(items / tile.threads)
+    warps_of_scheduler = np.ceil(blocks / target.multiprocessors) * tile.threads / 128
+    waits = np.maximum(0, rows - tile.depth) / tile.depth
+    return (
+        waits
+        + slots * (0.0204 + 0.00164 * warps_of_scheduler)
+        + 1.02e-4 * loaded * items / target.multiprocessors
+        + (2.37 + 0.0106 * g.R * g.S * tile.vector) * warps_of_scheduler
+    )

@@ -147,6 +147,25 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
 
 
+# Slabs that may be a cluster of blocks, as many as every device of 9.0 and newer takes: see cuda/slabs.cuh.
+MOST_OF_CLUSTER = 8
+# Of the blocks that the device holds at once, those of clusters: where it is full, not all clusters of three find room,
+# and those left over take as long as all before.
+_PART_OF_CLUSTERS = 0.92
+
+
+def clustered(slabs: Any, groups: Any, held: Any) -> Any:
+    """Whether slabs of so many groups of planes are clusters, for which the device, which holds so many blocks at once,
+    has room."""
+    few = (slabs == 2) | (slabs * groups <= _PART_OF_CLUSTERS * held)
+    return (slabs > 1) & (slabs <= MOST_OF_CLUSTER) & few
+
+
+def slabs_of_cluster(groups: Any, held: Any) -> Any:
+    """The most slabs that are a cluster, or 1."""
+    return np.clip(_PART_OF_CLUSTERS * held // groups, 1, MOST_OF_CLUSTER).astype(np.int64)
+
+
 # As many results as a block of depthwise_wgrad_reduce has, and its threads.
 _REDUCE_RESULTS, _REDUCE_THREADS = 32, 256
 
@@ -239,6 +258,11 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
     block_units = -(-units // tile.slabs)
     slabs = -(-units // block_units)
     grid = (slabs, -(-g.K // tile.block_planes), 1)
+    # Of single columns without dilation, those that exist whatever the patch: of x, and of dy.
+    single = g.dilation == (1, 1) and patch.vector == 1 and not patch.whole_rows
+    inside = _inside_of_all(g, patch.columns, patch.stride[1]) if single else (0, 0)
+    existing = g.Q - (g.Q - 1) // patch.columns * patch.columns if single else 0
+    cluster = bool(clustered(slabs, grid[1], target.multiprocessors * _resident(g, dtype, bias, target, tile)))
     if units > 2**31 - 1 or any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
         raise Unsuitable(f"{grid} blocks are more than one launch can count")
     sums = Plan(
@@ -248,7 +272,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("R", g.R),
             ("S", g.S),
             ("BIAS", int(bias)),
-            ("FINAL", int(slabs == 1)),
+            ("FINAL", int(slabs == 1 or cluster)),
+            ("CLUSTER", slabs if cluster else 1),
             ("PADDED", int(g.padded)),
             ("MULTIPLIED", int(g.multiplier > 1)),
             ("EXACT", int(_exact(g, patch))),
@@ -264,6 +289,9 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("OUT_VECTOR", patch.out_vector),
             ("LEFT", g.padding[1][0] if patch.whole_rows else g.padding[1][0] % patch.vector),
             ("WIDTH", g.W if patch.whole_rows else 0),
+            ("INSIDE_FROM", inside[0]),
+            ("INSIDE_TO", inside[1]),
+            ("EXISTING", existing),
         ),
         grid=grid,
         block=tile.threads,
@@ -290,7 +318,15 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("dy_bytes", tile.dy_bytes),
         ),
     )
-    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if slabs == 1 or cluster else with_reduce(sums, slabs, g, dtype, bias)
+
+
+def _inside_of_all(g: Conv2dGeometry, columns: int, stride: int) -> Pair:
+    """Of the columns of x that a patch of so many columns needs, from which to which they exist whatever the patch: the
+    first may begin outside, and the last end there."""
+    left, last = g.padding[1][0], (g.Q - 1) // columns * columns
+    to = min((columns - 1) * stride + g.S, g.W + left - last * g.stride[1])
+    return (left, to) if 0 <= left < to else (0, 0)
 
 
 def _exact(g: Conv2dGeometry, patch: Patch) -> Any:
@@ -299,8 +335,8 @@ def _exact(g: Conv2dGeometry, patch: Patch) -> Any:
 
 
 def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> Any:
-    """For the units under way; in the end for the sums of every thread."""
-    sums = (g.R * g.S + bias) * tile.threads * sum_bytes(dtype)
+    """For the units under way; in the end for the sums of every thread, and of the block."""
+    sums = (g.R * g.S + bias) * (tile.threads + tile.block_planes) * sum_bytes(dtype)
     return np.maximum(tile.stages * (tile.x_bytes + tile.dy_bytes), sums)
 
 
@@ -430,21 +466,23 @@ def _resident(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
 
 
 def _slabs(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> tuple[Tile, Any]:
-    """The tiles with as many slabs as fill the device once, with half as many, and with one, which takes one launch, on
-    one more axis. All of them fit."""
+    """The tiles with as many slabs as fill the device once, with half as many, and with a cluster's and one, which take
+    one launch, on one more axis. All of them fit."""
     units = g.N * -(-g.P // tile.block_rows)
     groups = -(-g.K // tile.block_planes)
-    blocks = target.multiprocessors * _resident(g, dtype, bias, target, tile)
-    some = np.maximum(1, np.minimum(units, blocks // axis_of((1, 2), 0) // groups))
-    slabs: Any = np.concatenate((np.ones_like(units), some), axis=1)
+    held = target.multiprocessors * _resident(g, dtype, bias, target, tile)
+    some = np.maximum(1, np.minimum(units, held // axis_of((1, 2), 0) // groups))
+    cluster = np.minimum(units, slabs_of_cluster(groups, held))
+    slabs: Any = np.concatenate((np.ones_like(units), cluster, some), axis=1)
     return replace(tile, slabs=slabs), np.ones(slabs.shape, bool)
 
 
 def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> Any:
     """What ranks tiles: the time of a launch, up to a factor.
 
-    The weights were fitted to the times of 4,300 tiles (15 cases in float32 and float16 on an H200): of those measured,
-    the tile of least cost takes 2 % longer than the fastest on average, and at most 9 %.
+    The weights were fitted to the times of 4,300 tiles (15 cases in float32 and float16 on an H200), and once more, a
+    little, to 500 with clusters: of these, the tile of least cost takes 2 % longer than the fastest on average,
+    and at most 14 % (eff5 in float32).
     """
     size, patch = DTYPES[dtype][1], tile.patch
     elements = tile.block_planes * tile.block_rows * g.Q
@@ -460,16 +498,17 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     halo = np.where(row_units == 1, 1.0, needed / (tile.block_rows * g.stride[0]))
     # Every scheduler has so many warps to choose from: few of them leave it waiting.
     resident = _resident(g, dtype, bias, target, tile)
-    filled = slabs * -(-g.K // tile.block_planes) / target.multiprocessors
+    groups = -(-g.K // tile.block_planes)
+    filled = slabs * groups / target.multiprocessors
     active = np.minimum(resident, filled)
-    busy = 1 - np.exp(-0.77 * active * tile.threads / 128)
+    busy = 1 - np.exp(-0.7 * active * tile.threads / 128)
     # A unit's work whatever it holds; the sums in the end, which are added across threads where several share a plane.
     entries = g.R * g.S + bias
     plane_threads = np.where(tile.block_planes > 1, items, tile.threads)
     added = entries * (tile.threads + (plane_threads > 1) * tile.block_planes * plane_threads)
-    once = (106 * added + 134 * tile.threads) / (elements * block_units)
+    once = (97 * added + 134 * tile.threads) / (elements * block_units)
     # Bounds, where a patch may reach beyond its unit.
-    slots = patch.slots + np.where(_exact(g, patch), 0, 9.4)
+    slots = patch.slots + np.where(_exact(g, patch), 0, 11.6)
     issue = (slots * idle + 43 * tile.threads / elements + once + 0.48 * patch.passes * idle) / 128 / busy
     moved = (halo * g.x_size / g.y_size + 1) * size
     moved = moved + np.where(slabs > 1, 8 * entries * tile.block_planes / (elements * block_units), 0)
@@ -478,6 +517,9 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     # Some multiprocessors have a block more than others.
     rounds = np.where(filled < resident, np.ceil(filled), np.ceil(filled / resident) * resident)
     uneven = rounds / filled
-    time = np.maximum(issue, memory) + 2.6 * np.minimum(issue, memory) + 61 / (active * elements)
-    # Another launch takes 2.5 us.
-    return time * (1 + 0.064 * (uneven - 1)) * g.y_size / target.multiprocessors + 8_000 * (slabs > 1)
+    time = np.maximum(issue, memory) + 2.66 * np.minimum(issue, memory) + 61 / (active * elements)
+    time = time * (1 + 0.0365 * (tile.stages - 2))
+    cluster = clustered(slabs, groups, target.multiprocessors * resident)
+    # Another launch takes 2.5 us; blocks of a cluster wait for each other.
+    apart = np.where(cluster, 1_500, 10_000) * (slabs > 1)
+    return time * (1 + 0.07 * (uneven - 1)) * g.y_size / target.multiprocessors + apart

@@ -21,7 +21,8 @@ from .base import (
     plane_parameters,
     require_nchw,
 )
-from .wgrad import WgradPlan, with_reduce
+from .runs import bank_passes
+from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
 
 _SIZE = 2
 # Columns of a chunk, and rows of dy in a product: see the kernel.
@@ -35,7 +36,7 @@ _MAX_SUMS = 112
 _MAX_BLOCKS, _REGISTERS = 32, 65536
 _PLANES = (1, 2, 4)
 _IMAGES = (1, 2, 3, 4, 6, 8, 16, 32)
-_PARTS = (1, 2, 4, 7, 8)
+_PARTS = (1, 2, 4, 8)
 # Of a block: more than the former only where the kernel has as many groups of rows.
 _USUAL_WARPS, _MAX_WARPS = 8, 16
 
@@ -96,13 +97,14 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         arrivals = self.planes * self.images * (self.x_unit + self.dy_unit) * _SIZE
-        # A chunk more, since what lies behind the last row is loaded too.
-        return max(self.layout_bytes + arrivals + _CHUNK * _SIZE, self.sums_bytes)
+        # Two chunks more, since what lies behind the last row is loaded too.
+        return max(self.layout_bytes + arrivals + 2 * _CHUNK * _SIZE, self.sums_bytes)
 
     @property
     def registers(self) -> int:
         """That a thread is allowed."""
-        return min(255, 48 + 4 * self.pairs * self.window.offsets + 2 * self.window.dy_chunks)
+        single = 8 * (self.window.vector == 1)
+        return min(255, 48 + single + 4 * self.pairs * self.window.offsets + 2 * self.window.dy_chunks)
 
     @property
     def blocks_of_registers(self) -> int:
@@ -115,6 +117,10 @@ class Tile:
         """That a multiprocessor holds at once."""
         shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
         return max(1, min(shared, self.blocks_of_registers))
+
+    def clustered(self, g: Conv2dGeometry, target: Target) -> bool:
+        """Whether its slabs are a cluster."""
+        return bool(clustered(self.slabs, -(-g.K // self.planes), target.multiprocessors * self.blocks(target)))
 
 
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
@@ -150,15 +156,18 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
     """The plan of one choice of tiles()."""
     window = tile.window
     slabs = tile.slabs
+    cluster = tile.clustered(g, target)
     sums = Plan(
         source="depthwise_wgrad_diagonals",
         defines=(
             ("T", DTYPES[dtype][0]),
             ("BIAS", int(bias)),
-            ("FINAL", int(slabs == 1)),
+            ("FINAL", int(slabs == 1 or cluster)),
+            ("CLUSTER", slabs if cluster else 1),
             ("THREADS", tile.threads),
             ("BLOCKS", tile.blocks_of_registers),
             ("VECTOR", window.vector),
+            ("DOWN", int(_down(g, window))),
             ("DENSE", int((tile.x_unit, tile.dy_unit) == (g.H * g.W, g.P * g.Q))),
             ("GROUPED", int(tile.row_groups > 1)),
             ("DILATED", int(g.dilation[0] > 1)),
@@ -194,13 +203,20 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("parts", tile.parts),
         ),
     )
-    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if slabs == 1 or cluster else with_reduce(sums, slabs, g, dtype, bias)
 
 
 def _block_images(g: Conv2dGeometry, tile: Tile) -> int:
     """Images of a slab: whole turns."""
     turns = -(-g.N // tile.images)
     return -(-turns // tile.slabs) * tile.images
+
+
+def _down(g: Conv2dGeometry, window: Window) -> bool:
+    """Whether neighbouring rows, as they arrive, lie in more banks than neighbouring chunks of a row. Where single
+    elements are loaded rows do so, too, and yet take longer."""
+    passes = max(bank_passes(width * _SIZE, _SIZE) for width in (g.W, g.Q))
+    return window.vector > 1 and passes < bank_passes(_CHUNK * _SIZE, _SIZE)
 
 
 def _window(g: Conv2dGeometry) -> Window | None:
@@ -259,15 +275,17 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
             dy_unit=_unit(g.P * g.Q, planes),
             x_layout_bytes=rows * x_pitch * _CHUNK * _SIZE,
             dy_layout_bytes=slots * g.P * dy_pitch * _CHUNK * _SIZE,
-            sums_bytes=4 * 32 * warps * 4 * (pairs * window.offsets + bias),
+            sums_bytes=4 * (32 * warps * 4 * (pairs * window.offsets + bias) + planes * (g.R * g.S + bias)),
         )
         channel_groups = -(-g.K // planes)
         if tile.shared_bytes > budget or channel_groups > MAX_GRID[1]:
             continue
         turns = -(-g.N // images)
         held = target.multiprocessors * tile.blocks(target)
-        # One slab, or as many as fill the device once or twice.
-        for slabs in sorted({1, *(max(1, min(turns, part * held // channel_groups)) for part in (1, 2))}):
+        # One slab, or a cluster of them, or as many as fill the device once or twice.
+        filling = max(1, min(turns, held // channel_groups))
+        twice = max(1, min(turns, 2 * held // channel_groups))
+        for slabs in sorted({1, min(turns, int(slabs_of_cluster(channel_groups, held))), filling, twice}):
             yield replace(tile, slabs=-(-turns // -(-turns // slabs)))
 
 
@@ -308,5 +326,5 @@ def _cost(g: Conv2dGeometry, bias: bool, target: Target, tile: Tile) -> float:
     in_turn = -(-of_multiprocessor // tile.blocks(target))
     time = of_multiprocessor * (turns * (0.21 * issue + 0.65 * passes) + 0.035 * once)
     time += in_turn * (turns * (2.2 * serial + 750) + 4700)
-    # Another launch.
-    return time + 2400 * (tile.slabs > 1)
+    # Another launch, or that blocks of a cluster wait for each other.
+    return time + (0 if tile.slabs == 1 else 1000 if tile.clustered(g, target) else 5000)

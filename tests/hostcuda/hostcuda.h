@@ -29,6 +29,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #endif
 #define CUCONV_DYNAMIC_SHARED(name) unsigned char* const name = hostcuda::dynamic_shared
+#define CUCONV_BLOCKS_OF_CLUSTER(count)
 
 #define HOSTCUDA_VECTORS(T, name)                                                           \
   struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                        \
@@ -107,6 +108,9 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, int line = _
 
 template <class T> T __ldg(const T* pointer) { return *pointer; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned(((unsigned long long)high << 32 | low) >> (shift % 32));
+}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
@@ -341,6 +345,32 @@ void bulk_store_wait_read(int line = __builtin_LINE()) {
 }
 
 inline void fence_shared_for_bulk() { hostcuda::fence_generation = hostcuda::generation; }
+
+// Blocks run in turn along x, which is the cluster's: the last one finds what all had when they met it.
+inline void cluster_meet(int line = __builtin_LINE()) {
+  using namespace hostcuda;
+  if (at_sync + 1 == threads) {
+    if (blockIdx.x == 0) cluster.clear();
+    for (size_t i = 0; i < cluster.size(); i++)
+      if (cluster[i].block.x == blockIdx.x) cluster.erase(cluster.begin() + i);
+    cluster.push_back({blockIdx, {dynamic_shared, dynamic_shared + dynamic_bytes}});
+  }
+  __syncthreads(line);
+}
+
+template <class T>
+T load_of_cluster(const T* shared, uint32 rank, int line = __builtin_LINE()) {
+  using namespace hostcuda;
+  if (!in_shared(shared, sizeof(T))) fail("load_of_cluster outside shared memory, in line %d", line);
+  for (const Kept& kept : cluster)
+    if (kept.block.x == rank && kept.block.y == blockIdx.y && kept.block.z == blockIdx.z) {
+      T value;
+      memcpy(&value, kept.shared.data() + (reinterpret_cast<const unsigned char*>(shared) - dynamic_shared), sizeof value);
+      return value;
+    }
+  fail("reads block %u of its cluster, which has not met it, in line %d", rank, line);
+  return T(0);
+}
 
 #endif  // sm_90
 

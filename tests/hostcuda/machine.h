@@ -33,6 +33,7 @@ enum State { kReady, kExited, kAtSync, kAtWarp, kAtBarrier };
 struct Load { void* to; const void* from; uint32 bytes; uint64* barrier; };
 struct Store { void* to; const void* from; std::vector<unsigned char> bytes; int group; };
 struct Copy { void* to; const void* from; uint32 bytes; int group; };
+struct Kept { uint3 block; std::vector<unsigned char> shared; };
 struct Barrier { uint64* address; uint32 arrivals, pending; long long bytes; uint32 phase; };
 
 struct Fiber {
@@ -59,6 +60,7 @@ static unsigned char* stacks;
 static int threads, exited, at_sync, sync_line, any_of_block, generation, fence_generation, store_generation;
 static std::vector<Load> loads;
 static std::vector<Barrier> barriers;
+static std::vector<Kept> cluster;  // dynamic shared memory of its blocks when they met: they run in turn
 static unsigned char* dynamic_shared;
 static long long dynamic_bytes;
 static char message[512];
