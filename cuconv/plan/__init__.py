@@ -13,12 +13,13 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ..geometry import Conv2dGeometry
+from ..geometry import Conv2dGeometry, PointwiseGeometry
 from . import (
     channels_last,
     channels_last_staged,
     direct,
     images,
+    pointwise,
     runs,
     tiles,
     toeplitz,
@@ -29,6 +30,7 @@ from . import (
     wgrad_pairs,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
+from .pointwise import Epilogue
 from .wgrad import WgradPlan
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "TARGETS",
     "VARIANTS",
     "VECTOR_BYTES",
+    "Epilogue",
     "Plan",
     "Target",
     "Unsuitable",
@@ -46,6 +49,7 @@ __all__ = [
     "depthwise_wgrad",
     "forced_variant",
     "in_fastest_layout",
+    "pointwise_conv",
     "variant",
 ]
 
@@ -78,6 +82,8 @@ _WGRAD = {
     "direct": wgrad.direct,
 }
 
+_POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
+
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {
     "images": images.beats_others,
@@ -86,7 +92,7 @@ _BEATS_OTHERS = {
 }
 _BEATS_OTHERS_OF_WGRAD = {"pairs": wgrad_pairs.beats_others, "diagonals": wgrad_diagonals.beats_others}
 
-VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
+VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE)))
 
 _forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
 
@@ -148,6 +154,20 @@ def depthwise_wgrad(
     """The plans of the gradients of a depthwise convolution's weights and, where bias is true, of its bias; aligned
     speaks of dy and x."""
     return _first_suitable(_WGRAD, _BEATS_OTHERS_OF_WGRAD, forced, geometry, dtype, bias, target, aligned)
+
+
+@lru_cache(maxsize=4096)
+def pointwise_conv(
+    geometry: PointwiseGeometry,
+    dtype: str,
+    turned: bool,
+    epilogue: Epilogue,
+    target: Target,
+    forced: str | None = None,
+    aligned: bool = True,
+) -> Plan:
+    """The plan of a pointwise convolution or, turned, of the gradient of its input; aligned speaks of all arrays."""
+    return _first_suitable(_POINTWISE, {}, forced, geometry, dtype, turned, epilogue, target, aligned)
 
 
 _Chosen = TypeVar("_Chosen", Plan, WgradPlan)
