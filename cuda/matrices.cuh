@@ -21,6 +21,14 @@ template <class T>
 constexpr int kProductDepth = sizeof(T) == 2 ? 16 : 8;
 constexpr int kProductRows = 16;
 constexpr int kProductColumns = 8;
+constexpr int kWarp = 32;
+
+// How many elements are between the rows of a tile, so that what the lanes of a product read at once lies in different
+// banks: 16 bytes of 8 rows, or single floats of 8 rows or of 4.
+template <class T>
+__device__ constexpr int pad_of(bool along_outer) {
+  return sizeof(T) == 2 || along_outer ? 8 : 4;
+}
 
 // One lane's part of an operand: for three products its upper and its lower halves.
 template <int kTerms>
@@ -82,6 +90,22 @@ __device__ __forceinline__ void load_rights(Right<kTerms>* right, const Tile<T, 
   }
 }
 
+// 16 rows, of which the first is ones and the rest zeros.
+template <class T, int kTerms>
+__device__ __forceinline__ Left<kTerms> row_of_ones(int lane) {
+  Left<kTerms> ones = {};
+  if (lane / 4 == 0) {
+    uint32 one;
+    if constexpr (sizeof(T) == 2) {
+      one = narrow_pair(T{}, 1.0f, 1.0f);
+    } else {
+      one = __float_as_uint(1.0f);
+    }
+    ones.term[0][0] = ones.term[0][2] = one;
+  }
+  return ones;
+}
+
 // sum += left right, as ptx::multiply_halves has it.
 template <class T, int kTerms>
 __device__ __forceinline__ void multiply_terms(float (&sum)[4], const Left<kTerms>& left, const Right<kTerms>& right) {
@@ -94,5 +118,32 @@ __device__ __forceinline__ void multiply_terms(float (&sum)[4], const Left<kTerm
       ptx::multiply_tf32s(sum, left.term[0], right.term[1]);
     }
     ptx::multiply_tf32s(sum, left.term[0], right.term[0]);
+  }
+}
+
+// Begins to copy kRows rows of kRow elements to shared memory, kPitch apart, with zeros for what does not exist.
+// source(row, column) is where kPiece elements begin, or null.
+template <int kThreads, int kRows, int kRow, int kPitch, int kPiece, class T, class Source>
+__device__ __forceinline__ void copy_tile(T* tile, int thread, Source source) {
+  constexpr int kPieces = kRow / kPiece;
+  constexpr int kItems = kRows * kPieces;
+  static_assert(kPieces * kPiece == kRow);
+#pragma unroll
+  for (int i = 0; i < (kItems + kThreads - 1) / kThreads; ++i) {
+    const int item = i * kThreads + thread;
+    if (kItems % kThreads > 0 && item >= kItems) break;
+    const int row = item / kPieces;
+    const int column = (item - row * kPieces) * kPiece;
+    T* const to = tile + row * kPitch + column;
+    const T* const from = source(row, column);
+    if constexpr (kPiece * sizeof(T) >= 4) {
+      if (from != nullptr) {
+        ptx::copy_async<kPiece * sizeof(T)>(to, from);
+      } else {
+        *reinterpret_cast<Vector<T, kPiece>*>(to) = {};
+      }
+    } else {
+      *to = from != nullptr ? *from : T{};
+    }
   }
 }

@@ -39,7 +39,6 @@ constexpr bool kStridedInput = CUCONV_STRIDED_INPUT;
 constexpr bool kStridedOutput = CUCONV_STRIDED_OUTPUT;
 constexpr int kTerms = CUCONV_TERMS;
 
-constexpr int kWarp = 32;
 constexpr int kWarps = kChannelWarps * kPixelWarps;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kRows = kChannelsLast ? kPixels : kChannels;
@@ -49,16 +48,13 @@ constexpr int kColumnWarps = kChannelsLast ? kChannelWarps : kPixelWarps;
 constexpr int kRowProducts = kRows / kRowWarps / kProductRows;
 constexpr int kColumnProducts = kColumns / kColumnWarps / kProductColumns;
 
-// Of a tile in shared memory: how many rows it has, how many elements they have, and how many lie from one to the next. So
-// apart, what the lanes of a product read at once lies in different banks: 16 bytes of 8 rows, or single floats of 4 or 8.
-constexpr int kPad = sizeof(T) == 2 ? 8 : 4;
-constexpr int kPadAlongOuter = 8;
+// Of a tile in shared memory: how many rows it has, how many elements they have, and how many lie from one to the next.
 constexpr int kWeightRows = kTurned ? kDepth : kChannels;
 constexpr int kWeightRow = kTurned ? kChannels : kDepth;
-constexpr int kWeightPitch = kWeightRow + (kTurned ? kPadAlongOuter : kPad);
+constexpr int kWeightPitch = kWeightRow + pad_of<T>(kTurned);
 constexpr int kImageRows = kChannelsLast ? kPixels : kDepth;
 constexpr int kImageRow = kChannelsLast ? kDepth : kPixels;
-constexpr int kImagePitch = kImageRow + (kChannelsLast ? kPad : kPadAlongOuter);
+constexpr int kImagePitch = kImageRow + pad_of<T>(!kChannelsLast);
 constexpr int kResultPitch = kColumns + 8;
 constexpr int kWeightTile = kWeightRows * kWeightPitch;
 constexpr int kImageTile = kImageRows * kImagePitch;
@@ -82,33 +78,6 @@ struct Parameters {
   Input input;
   Output output;
 };
-
-// Copies a tile's rows to shared memory, with zeros for what does not exist. source(row, column) is where kPiece elements
-// begin, or null.
-template <int kTileRows, int kTileRow, int kPitch, int kPiece, class Source>
-__device__ __forceinline__ void copy_tile(T* tile, int thread, Source source) {
-  constexpr int kPieces = kTileRow / kPiece;
-  constexpr int kItems = kTileRows * kPieces;
-  static_assert(kPieces * kPiece == kTileRow);
-#pragma unroll
-  for (int i = 0; i < (kItems + kThreads - 1) / kThreads; ++i) {
-    const int item = i * kThreads + thread;
-    if (kItems % kThreads > 0 && item >= kItems) break;
-    const int row = item / kPieces;
-    const int column = (item - row * kPieces) * kPiece;
-    T* const to = tile + row * kPitch + column;
-    const T* const from = source(row, column);
-    if constexpr (kPiece * sizeof(T) >= 4) {
-      if (from != nullptr) {
-        ptx::copy_async<kPiece * sizeof(T)>(to, from);
-      } else {
-        *reinterpret_cast<Vector<T, kPiece>*>(to) = {};
-      }
-    } else {
-      *to = from != nullptr ? *from : T{};
-    }
-  }
-}
 
 // One result, element by element, for what is not finite.
 __device__ __noinline__ float sum_plainly(const T* image, int64 image_apart, const T* w, int64 w_apart, int depth) {
@@ -135,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   T* const results = images + kStages * kImageTile;
 
   const auto copy_weights = [&](int stage, int chunk) {
-    copy_tile<kWeightRows, kWeightRow, kWeightPitch, kWeightCopy>(
+    copy_tile<kThreads, kWeightRows, kWeightRow, kWeightPitch, kWeightCopy>(
         weights + stage * kWeightTile, thread, [&](int row, int column) -> const T* {
           const int channel = first_channel + (kTurned ? column : row);
           const int depth = chunk * kDepth + (kTurned ? row : column);
@@ -147,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   int chunk_to_copy = 0;
   const auto copy = [&](int stage) {
     if (tile_to_copy < g.tiles) {
-      copy_tile<kImageRows, kImageRow, kImagePitch, kCopy>(
+      copy_tile<kThreads, kImageRows, kImageRow, kImagePitch, kCopy>(
           images + stage * kImageTile, thread, [&](int row, int column) -> const T* {
             const int pixel = tile_to_copy * kPixels + (kChannelsLast ? row : column);
             const int depth = chunk_to_copy * kDepth + (kChannelsLast ? column : row);

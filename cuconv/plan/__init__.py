@@ -50,6 +50,7 @@ __all__ = [
     "forced_variant",
     "in_fastest_layout",
     "pointwise_conv",
+    "pointwise_wgrad",
     "variant",
 ]
 
@@ -83,6 +84,7 @@ _WGRAD = {
 }
 
 _POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
+_POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
 
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {
@@ -168,6 +170,21 @@ def pointwise_conv(
 ) -> Plan:
     """The plan of a pointwise convolution or, turned, of the gradient of its input; aligned speaks of all arrays."""
     return _first_suitable(_POINTWISE, {}, forced, geometry, dtype, turned, epilogue, target, aligned)
+
+
+@lru_cache(maxsize=4096)
+def pointwise_wgrad(
+    geometry: PointwiseGeometry,
+    dtype: str,
+    bias: bool,
+    allow_tf32: bool,
+    target: Target,
+    forced: str | None = None,
+    aligned: bool = True,
+) -> WgradPlan:
+    """The plans of the gradients of a pointwise convolution's weights and, where bias is true, of its bias; aligned
+    speaks of dy and x."""
+    return _first_suitable(_POINTWISE_WGRAD, {}, forced, geometry, dtype, bias, allow_tf32, target, aligned)
 
 
 _Chosen = TypeVar("_Chosen", Plan, WgradPlan)

@@ -7,6 +7,7 @@ from math import gcd
 
 from ..geometry import PointwiseGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
+from .wgrad import WgradPlan, with_reduce_of
 
 
 # As in cuda/pointwise_direct.cu and cuda/pointwise_wgrad_direct.cu.
@@ -80,6 +81,107 @@ def direct(
             *_pixels_parameters(g, "output", channels, of_x=turned),
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class WgradTile:
+    """What a block of cuda/pointwise_wgrad.cu makes: see there; pixels in a slab are multiples of the depth."""
+
+    rows: int
+    columns: int
+    depth: int
+    row_warps: int
+    column_warps: int
+    blocks: int
+    stages: int
+
+
+def wgrad_products(
+    g: PointwiseGeometry, dtype: str, bias: bool, allow_tf32: bool, target: Target, aligned: bool
+) -> WgradPlan:
+    """The plan of cuda/pointwise_wgrad.cu."""
+    if target.architecture < 80:
+        raise Unsuitable("needs tensor cores of compute capability 8.0 or newer")
+    if dtype == "float64":
+        raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
+    require_countable(g)
+    name, size = DTYPES[dtype]
+    rows, columns = (64 if extent <= 64 else 128 for extent in (g.C, g.K))
+    t = WgradTile(rows, columns, 64 if size == 2 else 32, 2, 4, 1, 3)
+    pad = 8 if size == 2 or g.channels_last else 4
+    tile = t.depth * (t.rows + t.columns + 2 * pad) if g.channels_last else (t.rows + t.columns) * (t.depth + pad)
+    shared = size * t.stages * tile
+    if shared > target.shared_per_block - SHARED_RESERVE:
+        raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
+    pixels = g.N * g.P * g.Q
+    row_tiles, column_tiles = -(-g.C // t.rows), -(-g.K // t.columns)
+    wanted = max(1, 2 * target.multiprocessors // (row_tiles * column_tiles))
+    slab = -(-pixels // min(wanted, MAX_GRID[1]))
+    slab = -(-slab // t.depth) * t.depth
+    slabs = -(-pixels // slab)
+    vector = VECTOR_BYTES // size if aligned else 1
+    strided = g.stride != (1, 1)
+    dy_copy = gcd(g.K, vector) if g.channels_last else gcd(g.P * g.Q, vector)
+    x_copy = gcd(g.C, vector) if g.channels_last else 1 if strided else dy_copy
+    sums = Plan(
+        source="pointwise_wgrad",
+        defines=(
+            ("T", name),
+            ("CHANNELS_LAST", int(g.channels_last)),
+            ("BIAS", int(bias)),
+            ("ROWS", t.rows),
+            ("COLUMNS", t.columns),
+            ("DEPTH", t.depth),
+            ("ROW_WARPS", t.row_warps),
+            ("COLUMN_WARPS", t.column_warps),
+            ("BLOCKS", t.blocks),
+            ("STAGES", t.stages),
+            ("X_COPY", x_copy),
+            ("DY_COPY", dy_copy),
+            ("STRIDED", int(strided)),
+            ("TERMS", 2 if dtype == "float32" and not allow_tf32 else 1),
+        ),
+        grid=(row_tiles * column_tiles, slabs, 1),
+        block=32 * t.row_warps * t.column_warps,
+        shared_bytes=shared,
+        parameters=(
+            ("pixels", pixels),
+            ("slab_pixels", slab),
+            ("C", g.C),
+            ("K", g.K),
+            ("row_tiles", row_tiles),
+            *_pixels_parameters(g, "x", g.C, of_x=True),
+            *_pixels_parameters(g, "dy", g.K, of_x=False),
+        ),
+    )
+    return with_reduce_of(sums, slabs, g.K, g.C, dtype, bias)
+
+
+def wgrad_direct(
+    g: PointwiseGeometry, dtype: str, bias: bool, allow_tf32: bool, target: Target, aligned: bool
+) -> WgradPlan:
+    """The plan of cuda/pointwise_wgrad_direct.cu, a block for every element of dw and dbias."""
+    require_countable(g)
+    if g.K > MAX_GRID[1]:
+        raise Unsuitable(f"takes up to {MAX_GRID[1]} output channels, and there are {g.K}")
+    sums = Plan(
+        source="pointwise_wgrad_direct",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("CHANNELS_LAST", int(g.channels_last)),
+            ("STRIDED", int(g.stride != (1, 1))),
+        ),
+        grid=(g.C + bias, g.K, 1),
+        block=_DIRECT_THREADS,
+        shared_bytes=0,
+        parameters=(
+            ("pixels", g.N * g.P * g.Q),
+            ("C", g.C),
+            *_pixels_parameters(g, "x", g.C, of_x=True),
+            *_pixels_parameters(g, "dy", g.K, of_x=False),
+        ),
+    )
+    return WgradPlan(sums, None, 0)
 
 
 def require_countable(g: PointwiseGeometry) -> None:
