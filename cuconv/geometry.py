@@ -314,7 +314,9 @@ def _depthwise_geometry(
     if len(x_shape) != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), and has {len(x_shape)}: {x_shape}")
     if len(w_shape) != 4:
-        raise ValueError(f"{w_name} must have 4 dimensions (C * multiplier, 1, R, S), and has {len(w_shape)}: {w_shape}")
+        raise ValueError(
+            f"{w_name} must have 4 dimensions (C * multiplier, 1, R, S), and has {len(w_shape)}: {w_shape}"
+        )
     N, C, H, W = x_shape
     K, one, R, S = w_shape
     if min(C, H, W) < 1:

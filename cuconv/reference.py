@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from math import erf, pi, sqrt
+from math import erfc, pi, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,11 +147,16 @@ def _sigmoid(z: Array) -> Array:
 
 
 def _normal_cdf(z: Array) -> Array:
-    return 0.5 * (1.0 + np.vectorize(erf, otypes=[np.float64])(z / sqrt(2.0)))
+    return 0.5 * np.vectorize(erfc, otypes=[np.float64])(z / -sqrt(2.0))
 
 
 def pointwise_conv2d(
-    x: Array, w: Array, bias: Array | None, geometry: PointwiseGeometry, activation: str | None, out: Array | None = None
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    geometry: PointwiseGeometry,
+    activation: str | None,
+    out: Array | None = None,
 ) -> Array:
     """y[n, k, p, q] = activation(bias[k] + sum over c of x[n, c, p*stride, q*stride] * w[k, c]).
 

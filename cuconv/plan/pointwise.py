@@ -10,6 +10,10 @@ from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, 
 from .wgrad import WgradPlan, with_reduce_of
 
 
+# What three products of TF32 leave out of each term, some three units of the last place, is below what float32's own sum
+# of so many terms may be off by.
+_LEAST_TERMS = 16
+
 # As in cuda/pointwise_direct.cu and cuda/pointwise_wgrad_direct.cu.
 _DIRECT_THREADS = 256
 _DIRECT_CHANNELS = 8
@@ -37,21 +41,20 @@ class Tile:
     resident: bool
 
 
-def products(
-    g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, aligned: bool
-) -> Plan:
+def products(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, aligned: bool) -> Plan:
     """The plan of cuda/pointwise.cu; turned: dgrad, which reads what forward writes."""
     if target.architecture < 80:
         raise Unsuitable("needs tensor cores of compute capability 8.0 or newer")
     if dtype == "float64":
         raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
+    depth = g.K if turned else g.C
+    if dtype == "float32" and not epilogue.allow_tf32 and depth < _LEAST_TERMS:
+        raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {depth}")
     require_countable(g)
     return tile_plan(g, dtype, turned, epilogue, target, _tile(g, DTYPES[dtype][1], turned), aligned)
 
 
-def direct(
-    g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, aligned: bool
-) -> Plan:
+def direct(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, aligned: bool) -> Plan:
     """The plan of cuda/pointwise_direct.cu."""
     require_countable(g)
     channels, depth = (g.C, g.K) if turned else (g.K, g.C)
@@ -104,6 +107,9 @@ def wgrad_products(
         raise Unsuitable("needs tensor cores of compute capability 8.0 or newer")
     if dtype == "float64":
         raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
+    pixels = g.N * g.P * g.Q
+    if dtype == "float32" and not allow_tf32 and pixels < _LEAST_TERMS:
+        raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {pixels}")
     require_countable(g)
     name, size = DTYPES[dtype]
     rows, columns = (64 if extent <= 64 else 128 for extent in (g.C, g.K))
@@ -113,7 +119,6 @@ def wgrad_products(
     shared = size * t.stages * tile
     if shared > target.shared_per_block - SHARED_RESERVE:
         raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
-    pixels = g.N * g.P * g.Q
     row_tiles, column_tiles = -(-g.C // t.rows), -(-g.K // t.columns)
     wanted = max(1, 2 * target.multiprocessors // (row_tiles * column_tiles))
     slab = -(-pixels // min(wanted, MAX_GRID[1]))
