@@ -45,8 +45,8 @@ def pointwise_conv2d(
     bias : (K,), the dtype of x, optional
     stride : int or (rows, columns)
     allow_tf32 : bool
-        Whether float32 may be multiplied as TF32, with 11 bits of each element, as PyTorch's convolutions do unless told
-        otherwise. Without it products keep to float32's own roundoff, at two to three times the arithmetic.
+        Whether float32 may be multiplied as TF32, with 11 bits of each element, as PyTorch's convolutions do unless
+        told otherwise. Without it products keep to float32's own roundoff, at two to three times the arithmetic.
     activation : "relu", "relu6", "silu", "hardswish", "gelu" or None
         What is applied to the result before it is rounded; gelu is the exact one, with the error function.
     out : (N, K, P, Q), the dtype of x, optional

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .geometry import Conv2dGeometry, PointwiseGeometry, SeparableGeometry
+from .geometry import Conv2dGeometry, PointwiseGeometry
 
 Array = np.ndarray[Any, Any]
 
@@ -147,7 +147,8 @@ def _sigmoid(z: Array) -> Array:
 
 
 def _normal_cdf(z: Array) -> Array:
-    return 0.5 * np.vectorize(erfc, otypes=[np.float64])(z / -sqrt(2.0))
+    cdf: Array = 0.5 * np.vectorize(erfc, otypes=[np.float64])(z / -sqrt(2.0))
+    return cdf
 
 
 def pointwise_conv2d(

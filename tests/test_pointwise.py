@@ -17,7 +17,7 @@ from cuconv.geometry import ACTIVATIONS, pointwise_geometry
 
 VARIANTS = ("products", "direct")
 LAYOUTS = ("nchw", "nhwc")
-# x, K, stride. Channels below, at and beyond tiles and stages; planes of every alignment, one and several of them a tile.
+# x, K, stride. Channels below, at and beyond tiles and stages; planes of every alignment, one and several a tile.
 CASES = {
     "plain": ((2, 24, 7, 9), 40, 1),
     "whole_tiles": ((2, 64, 16, 8), 128, 1),
@@ -55,6 +55,9 @@ def assert_bound(got, of, terms):
     oracle.assert_sum_within_bound(got, of(np.asarray), of(np.abs), terms)
 
 
+ARGUMENTS = ("x_shape", "K", "stride", "dtype", "layout", "variant")
+
+
 def takes(variant, dtype, terms):
     """Whether the variant has sums of so many terms, TF32 not allowed."""
     return variant == "direct" or dtype in ("float16", "bfloat16") or (dtype == "float32" and terms >= 16)
@@ -79,9 +82,7 @@ def random_arrays(rng, x_shape, K, dtype):
     return oracle.random_arrays(rng, x_shape, (K, x_shape[1], 1, 1), dtype)
 
 
-@pytest.mark.parametrize(
-    ("x_shape", "K", "stride", "dtype", "layout", "variant"), list(all_cases(lambda x, K, stride: x[1]))
-)
+@pytest.mark.parametrize(ARGUMENTS, list(all_cases(lambda x, K, stride: x[1])))
 def test_every_variant_matches_float64(device, rng, x_shape, K, stride, dtype, layout, variant):
     x, w, bias = random_arrays(rng, x_shape, K, dtype)
     g = pointwise_geometry(x_shape, w.shape, stride=stride)
@@ -95,9 +96,7 @@ def test_every_variant_matches_float64(device, rng, x_shape, K, stride, dtype, l
     guards.assert_untouched()
 
 
-@pytest.mark.parametrize(
-    ("x_shape", "K", "stride", "dtype", "layout", "variant"), list(all_cases(lambda x, K, stride: K))
-)
+@pytest.mark.parametrize(ARGUMENTS, list(all_cases(lambda x, K, stride: K)))
 def test_every_variant_of_dgrad_matches_float64(device, rng, x_shape, K, stride, dtype, layout, variant):
     g = pointwise_geometry(x_shape, (K, x_shape[1]), stride=stride)
     dy, w, _ = random_arrays(rng, g.y_shape, x_shape[1], dtype)
@@ -110,7 +109,7 @@ def test_every_variant_of_dgrad_matches_float64(device, rng, x_shape, K, stride,
     guards.assert_untouched()
 
 
-@pytest.mark.parametrize(("x_shape", "K", "stride", "dtype", "layout", "variant"), list(all_cases(counted)))
+@pytest.mark.parametrize(ARGUMENTS, list(all_cases(counted)))
 def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, K, stride, dtype, layout, variant):
     x, w, _ = random_arrays(rng, x_shape, K, dtype)
     g = pointwise_geometry(x_shape, w.shape, stride=stride)
@@ -218,7 +217,7 @@ def test_infinities_and_nan_stay_in_their_pixels(device, rng, variant, dtype, la
 
 @pytest.mark.parametrize(("variant", "layout"), list(product(VARIANTS, LAYOUTS)))
 def test_infinities_stay_in_their_channels_of_wgrad(device, rng, variant, layout):
-    x, w, _ = random_arrays(rng, (2, 20, 6, 7), 24, "float32")
+    x, _, _ = random_arrays(rng, (2, 20, 6, 7), 24, "float32")
     dy = rng.standard_normal((2, 24, 6, 7)).astype(np.float32)
     x[0, 3, 2, 1], dy[1, 5, 0, 0] = np.inf, -np.inf
     arrays = device.array(dy, layout), device.array(x, layout)

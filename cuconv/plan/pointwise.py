@@ -9,9 +9,8 @@ from ..geometry import PointwiseGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
 from .wgrad import WgradPlan, with_reduce_of
 
-
-# What three products of TF32 leave out of each term, some three units of the last place, is below what float32's own sum
-# of so many terms may be off by.
+# What three products of TF32 leave out of each term, some three units of the last place, is below what a sum of so many
+# terms in float32 may be off by.
 _LEAST_TERMS = 16
 
 # As in cuda/pointwise_direct.cu and cuda/pointwise_wgrad_direct.cu.
