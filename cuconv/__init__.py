@@ -1,6 +1,14 @@
 """cuconv: depthwise convolution on GPU arrays, at the speed of their memory."""
 
 from .depthwise import depthwise_conv2d, depthwise_conv2d_dgrad, depthwise_conv2d_wgrad
+from .pointwise import pointwise_conv2d, pointwise_conv2d_dgrad, pointwise_conv2d_wgrad
 
-__all__ = ["depthwise_conv2d", "depthwise_conv2d_dgrad", "depthwise_conv2d_wgrad"]
+__all__ = [
+    "depthwise_conv2d",
+    "depthwise_conv2d_dgrad",
+    "depthwise_conv2d_wgrad",
+    "pointwise_conv2d",
+    "pointwise_conv2d_dgrad",
+    "pointwise_conv2d_wgrad",
+]
 __version__ = "0.1.0"

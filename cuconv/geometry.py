@@ -7,6 +7,7 @@ names the argument, what was wanted and what was given.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "gelu")
 
 # Rows and columns, padding included, are 32-bit integers in the kernels; offsets of elements are 64-bit.
 MAX_EXTENT = 2**31 - 1
@@ -93,8 +95,10 @@ def depthwise_geometry(
     padding: Any = 0,
     dilation: Any = 1,
     channels_last: bool = False,
+    name: str = "w",
 ) -> Conv2dGeometry:
-    """The geometry of a depthwise convolution of arrays x and w of these shapes; channels_last says how x and y lie.
+    """The geometry of a depthwise convolution of arrays x and w (called `name` in errors) of these shapes;
+    channels_last says how x and y lie.
 
     Raises TypeError or ValueError, in words, for every input that has no such convolution.
     """
@@ -102,7 +106,131 @@ def depthwise_geometry(
     if not type(stride) is type(padding) is type(dilation) is int:
         stride, dilation = _pair("stride", stride, minimum=1), _pair("dilation", dilation, minimum=1)
         padding = _padding(padding)
-    return _depthwise_geometry(tuple(x_shape), tuple(w_shape), stride, padding, dilation, channels_last)
+    return _depthwise_geometry(tuple(x_shape), tuple(w_shape), stride, padding, dilation, channels_last, name)
+
+
+@dataclass(frozen=True, slots=True)
+class PointwiseGeometry:
+    """Shapes of one pointwise convolution: x (N, C, H, W), w (K, C) with or without two axes of 1, y (N, K, P, Q).
+
+    Input row of output row p: ``p * stride[0]``; columns likewise.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    P: int
+    Q: int
+    stride: Pair
+    # Whether x and y lie in memory as (N, H, W, C) and (N, P, Q, K); w always as its shape says.
+    channels_last: bool = False
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.K, self.P, self.Q)
+
+    @property
+    def x_size(self) -> int:
+        return self.N * self.C * self.H * self.W
+
+    @property
+    def y_size(self) -> int:
+        return self.N * self.K * self.P * self.Q
+
+
+def pointwise_geometry(
+    x_shape: Any, w_shape: Any, *, stride: Any = 1, channels_last: bool = False, name: str = "w"
+) -> PointwiseGeometry:
+    """The geometry of a pointwise convolution of arrays x and w (called `name` in errors) of these shapes.
+
+    Raises TypeError or ValueError, in words, for every input that has no such convolution.
+    """
+    return _pointwise_geometry(
+        tuple(x_shape), tuple(w_shape), _pair("stride", stride, minimum=1), bool(channels_last), name
+    )
+
+
+@lru_cache(maxsize=4096)
+def _pointwise_geometry(
+    x_shape: tuple[int, ...], w_shape: tuple[int, ...], stride: Pair, channels_last: bool, name: str
+) -> PointwiseGeometry:
+    if len(x_shape) != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), and has {len(x_shape)}: {x_shape}")
+    N, C, H, W = x_shape
+    if min(C, H, W) < 1:
+        raise ValueError(f"x must have at least one channel, row and column, and has shape {x_shape}")
+    if len(w_shape) not in (2, 4) or w_shape[2:] not in ((), (1, 1)):
+        raise ValueError(f"{name} must have shape (K, C) or (K, C, 1, 1), and has {w_shape}")
+    K = w_shape[0]
+    if K < 1:
+        raise ValueError(f"{name} must have at least one output channel, and has shape {w_shape}")
+    if w_shape[1] != C:
+        raise ValueError(f"{name}.shape[1] must be its input's {C} channels, and is {w_shape[1]}: {w_shape}")
+    P, Q = ((extent - 1) // step + 1 for extent, step in zip((H, W), stride, strict=True))
+    for array, shape in (("x", x_shape), (name, (K, C)), ("the result", (N, K, P, Q))):
+        elements = math.prod(shape)
+        if elements > MAX_ELEMENTS:
+            raise ValueError(f"{array} must have fewer than 2**40 elements, and has {elements}: {shape}")
+    for extent_name, extent in (("height", H), ("width", W)):
+        if extent > MAX_EXTENT:
+            raise ValueError(f"the {extent_name} must be below 2**31, and is {extent}")
+    return PointwiseGeometry(N, C, H, W, K, P, Q, stride, channels_last)
+
+
+@dataclass(frozen=True, slots=True)
+class SeparableGeometry:
+    """Shapes of a depthwise convolution and the pointwise one of its result."""
+
+    depthwise: Conv2dGeometry
+    pointwise: PointwiseGeometry
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.pointwise.y_shape
+
+
+def separable_geometry(
+    x_shape: Any,
+    depthwise_w_shape: Any,
+    pointwise_w_shape: Any,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    channels_last: bool = False,
+) -> SeparableGeometry:
+    """The geometry of a depthwise-separable convolution of arrays of these shapes.
+
+    Raises TypeError or ValueError, in words, for every input that has no such convolution.
+    """
+    depthwise = depthwise_geometry(
+        x_shape,
+        depthwise_w_shape,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        channels_last=channels_last,
+        name="depthwise_w",
+    )
+    return SeparableGeometry(
+        depthwise,
+        pointwise_geometry(depthwise.y_shape, pointwise_w_shape, channels_last=channels_last, name="pointwise_w"),
+    )
+
+
+def check_activation(name: str, value: Any) -> str | None:
+    """The activation's name, one of ACTIVATIONS, or None for none."""
+    if value is None or (isinstance(value, str) and value in ACTIVATIONS):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be None or a name, and is {value!r}")
+    raise ValueError(f"{name} must be None or one of {', '.join(ACTIVATIONS)}, and is {value!r}")
 
 
 def shape_argument(name: str, shape: Any) -> tuple[int, ...]:
@@ -179,28 +307,31 @@ def _depthwise_geometry(
     padding: Padding | str | int,
     dilation: Pair | int,
     channels_last: bool,
+    w_name: str,
 ) -> Conv2dGeometry:
     stride, dilation = _pair("stride", stride, minimum=1), _pair("dilation", dilation, minimum=1)
     padding = _padding(padding)
     if len(x_shape) != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), and has {len(x_shape)}: {x_shape}")
     if len(w_shape) != 4:
-        raise ValueError(f"w must have 4 dimensions (C * multiplier, 1, R, S), and has {len(w_shape)}: {w_shape}")
+        raise ValueError(
+            f"{w_name} must have 4 dimensions (C * multiplier, 1, R, S), and has {len(w_shape)}: {w_shape}"
+        )
     N, C, H, W = x_shape
     K, one, R, S = w_shape
     if min(C, H, W) < 1:
         raise ValueError(f"x must have at least one channel, row and column, and has shape {x_shape}")
     if one != 1:
-        raise ValueError(f"w.shape[1] must be 1 for a depthwise convolution, and is {one}: {w_shape}")
+        raise ValueError(f"{w_name}.shape[1] must be 1 for a depthwise convolution, and is {one}: {w_shape}")
     if min(R, S) < 1:
-        raise ValueError(f"w must have at least one kernel row and column, and has shape {w_shape}")
+        raise ValueError(f"{w_name} must have at least one kernel row and column, and has shape {w_shape}")
     if K < 1 or K % C:
-        raise ValueError(f"w.shape[0] must be a multiple of x's {C} channels, and is {K}")
+        raise ValueError(f"{w_name}.shape[0] must be a multiple of x's {C} channels, and is {K}")
 
     padding = _resolve_padding(padding, (R, S), stride, dilation)
     P = _output_extent("height", H, R, stride[0], padding[0], dilation[0])
     Q = _output_extent("width", W, S, stride[1], padding[1], dilation[1])
-    for name, shape in (("x", x_shape), ("w", w_shape), ("the result", (N, K, P, Q))):
+    for name, shape in (("x", x_shape), (w_name, w_shape), ("the result", (N, K, P, Q))):
         elements = shape[0] * shape[1] * shape[2] * shape[3]
         if elements > MAX_ELEMENTS:
             raise ValueError(f"{name} must have fewer than 2**40 elements, and has {elements}: {shape}")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from math import erfc, pi, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .geometry import Conv2dGeometry
+from .geometry import Conv2dGeometry, PointwiseGeometry
 
 Array = np.ndarray[Any, Any]
 
@@ -112,6 +113,113 @@ def depthwise_conv2d_wgrad(
     return dw, dbias
 
 
+def activated(z: Array, activation: str | None) -> Array:
+    """The activation of float64 values; gelu with the error function, as PyTorch has it unless asked otherwise."""
+    if activation is None:
+        return z
+    if activation == "relu":
+        return np.maximum(z, 0.0)
+    if activation == "relu6":
+        return np.clip(z, 0.0, 6.0)
+    if activation == "silu":
+        return z * _sigmoid(z)
+    if activation == "hardswish":
+        return z * np.clip(z + 3.0, 0.0, 6.0) / 6.0
+    return z * _normal_cdf(z)
+
+
+def activation_slope(z: Array, activation: str) -> Array:
+    """The derivative of the activation at float64 values; where it has none, PyTorch's."""
+    if activation == "relu":
+        return np.where(z > 0.0, 1.0, 0.0)
+    if activation == "relu6":
+        return np.where((z > 0.0) & (z < 6.0), 1.0, 0.0)
+    if activation == "silu":
+        sigmoid = _sigmoid(z)
+        return sigmoid * (1.0 + z * (1.0 - sigmoid))
+    if activation == "hardswish":
+        return np.where(z <= -3.0, 0.0, np.where(z >= 3.0, 1.0, (2.0 * z + 3.0) / 6.0))
+    return _normal_cdf(z) + z * np.exp(-0.5 * z * z) / sqrt(2.0 * pi)
+
+
+def _sigmoid(z: Array) -> Array:
+    return 1.0 / (1.0 + np.exp(-z))
+
+
+def _normal_cdf(z: Array) -> Array:
+    cdf: Array = 0.5 * np.vectorize(erfc, otypes=[np.float64])(z / -sqrt(2.0))
+    return cdf
+
+
+def pointwise_conv2d(
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    geometry: PointwiseGeometry,
+    activation: str | None,
+    out: Array | None = None,
+) -> Array:
+    """y[n, k, p, q] = activation(bias[k] + sum over c of x[n, c, p*stride, q*stride] * w[k, c]).
+
+    x (N, C, H, W), w (K, C) with or without two axes of 1, bias (K,) or None, out and the result (N, K, P, Q).
+    """
+    g = geometry
+    y = np.empty(g.y_shape, x.dtype) if out is None else out
+    weights = _matrix(w)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for n in range(g.N):
+            total = np.tensordot(weights, _strided(x[n], g).astype(np.float64), 1)
+            if bias is not None:
+                total += bias.astype(np.float64)[:, np.newaxis, np.newaxis]
+            y[n] = rounded(activated(total, activation), y.dtype)
+    return y
+
+
+def pointwise_conv2d_dgrad(dy: Array, w: Array, geometry: PointwiseGeometry, out: Array | None = None) -> Array:
+    """dx[n, c, p*stride, q*stride] = sum over k of dy[n, k, p, q] * w[k, c], and zero everywhere else.
+
+    dy (N, K, P, Q), w (K, C) with or without two axes of 1, out and the result (N, C, H, W).
+    """
+    g = geometry
+    dx = np.empty(g.x_shape, dy.dtype) if out is None else out
+    if g.stride != (1, 1):
+        dx.fill(0)
+    weights = _matrix(w).T
+    with np.errstate(over="ignore", invalid="ignore"):
+        for n in range(g.N):
+            total = np.tensordot(weights, dy[n].astype(np.float64), 1)
+            _strided(dx[n], g)[...] = rounded(total, dx.dtype)
+    return dx
+
+
+def pointwise_conv2d_wgrad(
+    dy: Array,
+    x: Array,
+    bias: bool,
+    geometry: PointwiseGeometry,
+    dw: Array,
+    dbias: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """dw[k, c] = sum over n, p, q of dy[n, k, p, q] * x[n, c, p*stride, q*stride]; with bias also dbias[k] = sum over
+    n, p, q of dy[n, k, p, q].
+
+    dy (N, K, P, Q), x (N, C, H, W), dw (K, C) with or without two axes of 1 and dbias (K,) are written.
+    """
+    g = geometry
+    weights, biases = np.zeros((g.K, g.C)), np.zeros(g.K)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for n in range(g.N):
+            gradient = dy[n].astype(np.float64).reshape(g.K, -1)
+            weights += gradient @ _strided(x[n], g).astype(np.float64).reshape(g.C, -1).T
+            biases += gradient.sum(axis=1)
+    dw[...] = rounded(weights, dw.dtype).reshape(dw.shape)
+    if not bias:
+        return dw
+    dbias = np.empty(g.K, dy.dtype) if dbias is None else dbias
+    dbias[...] = rounded(biases, dbias.dtype)
+    return dw, dbias
+
+
 class _DgradTap(NamedTuple):
     """Along one axis, what one kernel row or column takes part in: x from `start` on in steps of the stride, with dy
     from `first` to `last`, which need not exist."""
@@ -143,6 +251,16 @@ def rounded(values: Array, dtype: Any) -> Array:
     truncated = np.where(np.abs(nearest) > np.abs(values), np.nextafter(nearest, np.float32(0)), nearest)
     truncated.view(np.uint32)[...] |= truncated != values
     return truncated.astype(dtype)
+
+
+def _matrix(w: Array) -> Array:
+    """The weights of a pointwise convolution as a matrix (K, C) of float64."""
+    return w.astype(np.float64).reshape(w.shape[:2])
+
+
+def _strided(x: Array, g: PointwiseGeometry) -> Array:
+    """Those pixels of x, or of one of its images, that a pointwise convolution reads."""
+    return x[..., :: g.stride[0], :: g.stride[1]]
 
 
 def _tap(padded: Array, g: Conv2dGeometry, r: int, s: int) -> Array:

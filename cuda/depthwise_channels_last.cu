@@ -2,21 +2,23 @@
 // names keep their places and change their meaning: x is dy and y is dx, that is, what is read and what is written.
 //
 // A thread makes a patch of the output: some rows by some columns of a vector of neighbouring channels. Neighbouring
-// threads have neighbouring channels, and behind the last channel the next columns, so that a warp loads and stores whole
-// runs of memory whatever the number of channels. A thread goes down the rows of x that its patch needs; every row is
-// loaded once, DEPTH rows before its turn, and meets all outputs that need it, whose sums are a ring in registers; a row of
-// outputs is stored as soon as its last row of x has been there. What neighbouring patches share comes out of the caches.
+// threads have neighbouring channels, and behind the last channel the next columns, so that a warp loads and stores
+// whole runs of memory whatever the number of channels. A thread goes down the rows of x that its patch needs; every
+// row is loaded once, DEPTH rows before its turn, and meets all outputs that need it, whose sums are a ring in
+// registers; a row of outputs is stored as soon as its last row of x has been there. What neighbouring patches share
+// comes out of the caches.
 //
-// Compile-time values: T; R, S; TRANSPOSED (the gradient); MULTIPLIED (several output channels an input channel); THREADS;
-// VECTOR (channels of a thread: they divide C and K, and arrays start at multiples of them); COLUMNS (of a patch); DEPTH;
-// STRIDE_H, STRIDE_W (of the patch, see below); DILATED.
+// Compile-time values: T; R, S; TRANSPOSED (the gradient); MULTIPLIED (several output channels an input channel);
+// THREADS; VECTOR (channels of a thread: they divide C and K, and arrays start at multiples of them); COLUMNS (of a
+// patch); DEPTH; STRIDE_H, STRIDE_W (of the patch, see below); DILATED.
 //
-// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows so
-// far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns likewise.
+// Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows
+// so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns
+// likewise.
 //
-// The gradient: row i of dy and kernel row r meet row i * stride + r - top of dx. A patch starts where that is i * stride
-// for kernel row 0, so that which rows meet is known at compile time; for this it takes strides without dilation, and
-// dilations without stride.
+// The gradient: row i of dy and kernel row r meet row i * stride + r - top of dx. A patch starts where that is i *
+// stride for kernel row 0, so that which rows meet is known at compile time; for this it takes strides without
+// dilation, and dilations without stride.
 #include "channels_last.cuh"
 #include "numbers.cuh"
 
@@ -51,7 +53,8 @@ constexpr int kPeriod = kTransposed ? kBackH + 1 : kRing * kStrideH;
 constexpr int kUnrolled = least_common_multiple(kPeriod, kDepth);
 
 static_assert(kDepth >= 1, "a row is loaded before it is needed");
-static_assert(!kMultiplied || (kVector == 1 && !kTransposed), "output channels of one input channel are no vector of it");
+static_assert(!kMultiplied || (kVector == 1 && !kTransposed),
+              "output channels of one input channel are no vector of it");
 static_assert(!kTransposed || kColumns % kStrideW == 0, "patches start at whole strides");
 
 struct Parameters {
@@ -142,8 +145,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) load(loaded[i]);
 
-  // The block's weights as they lie in memory, while the first rows are on their way: those of the groups from its first
-  // thread's on, around the end to the first group again.
+  // The block's weights as they lie in memory, while the first rows are on their way: those of the groups from its
+  // first thread's on, around the end to the first group again.
   T* const staged = reinterpret_cast<T*>(shared);
   const int first_group = first_item - divide(first_item, g.groups_magic, g.groups_shift) * g.groups;
   const int all = g.K * kTaps;

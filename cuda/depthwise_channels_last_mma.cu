@@ -3,26 +3,26 @@
 //
 // A quad is 4 neighbouring columns of outputs. The 16 rows of a product are 16 quads, any of a block; its k are columns
 // of x from a quad's first tap on, each in two channels, and its columns the quad's outputs in these two. So b has the
-// weight of a tap where column, output and channel fit together, and zeros elsewhere. Nothing is transposed: lane 4 i + j
-// of a warp holds two channels of column j of the windows of quads i and i + 8, as they lie in memory, and gets two
+// weight of a tap where column, output and channel fit together, and zeros elsewhere. Nothing is transposed: lane 4 i +
+// j of a warp holds two channels of column j of the windows of quads i and i + 8, as they lie in memory, and gets two
 // channels of output j of both; of two products for neighbouring channels it loads and writes one vector.
 //
-// A block makes quads of a few images, all at the same rows, of some neighbouring channels; a warp 16 quads of 4 of them.
-// The rows of x that they need pass through a ring in shared memory, a batch of rows at a time, copied there ahead, each
-// element once a block, and with zeros for the columns that x does not have; behind the last row of some images come,
-// without a pause, those of the images that the block makes next. A warp meets a row with all rows of outputs that need
-// it; their sums are in the order in which they need the row, and each moves on by one place a row, which its first
-// product does without a move. Rows of y leave through shared memory too, a batch later, so that all channels of a block
-// leave together.
+// A block makes quads of a few images, all at the same rows, of some neighbouring channels; a warp 16 quads of 4 of
+// them. The rows of x that they need pass through a ring in shared memory, a batch of rows at a time, copied there
+// ahead, each element once a block, and with zeros for the columns that x does not have; behind the last row of some
+// images come, without a pause, those of the images that the block makes next. A warp meets a row with all rows of
+// outputs that need it; their sums are in the order in which they need the row, and each moves on by one place a row,
+// which its first product does without a move. Rows of y leave through shared memory too, a batch later, so that all
+// channels of a block leave together.
 //
-// Rows of x in the padding are passed over, where a weight that is not finite would have made NaN; and the zeros of b make
-// NaN of an infinity or NaN in another channel or beside the taps. Nothing else can make a sum both wrong and not NaN:
-// where a sum of the block is NaN, those that are are made again in the end, tap by tap; where a weight of the block is
-// not finite, all are.
+// Rows of x in the padding are passed over, where a weight that is not finite would have made NaN; and the zeros of b
+// make NaN of an infinity or NaN in another channel or beside the taps. Nothing else can make a sum both wrong and not
+// NaN: where a sum of the block is NaN, those that are are made again in the end, tap by tap; where a weight of the
+// block is not finite, all are.
 //
 // Compile-time values: T; R, S; TURNED (the kernel, around); THREADS; BLOCKS (that a multiprocessor is to hold); GROUPS
-// (of 4 channels, of a block); BATCH (rows of x between barriers); STAGES (batches of the ring); COPIES (of a thread and
-// row, 16 bytes each: they divide a pixel's and a block's channels, and x and y start at multiples of them); TURNS
+// (of 4 channels, of a block); BATCH (rows of x between barriers); STAGES (batches of the ring); COPIES (of a thread
+// and row, 16 bytes each: they divide a pixel's and a block's channels, and x and y start at multiples of them); TURNS
 // (whether a block makes images in several turns).
 #include "indices.cuh"
 #include "numbers.cuh"
@@ -179,7 +179,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int group = warp % kGroups;
   const T* const weights = staged + group * kVector * kTaps;
 
-  // Of the lane's two quads its column: where its window starts in a stage. Quads that the block does not have are zeros.
+  // Of the lane's two quads its column: where its window starts in a stage. Quads that the block does not have are
+  // zeros.
   const int first_unit = warp / kGroups * kQuads + lane / kQuad;
   int window[2];
   uint32 present[2];
@@ -190,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     const int column = (unit - image * g.quads) * kQuad + lane % kQuad;
     const bool exists = image < g.images;
     window[half] = (exists ? image * g.pixels + column : 0) * kPitch + group * kVector;
-    // Anded with what is loaded, it also brings the words of a into neighbouring registers; the compiler would do so anew,
-    // by moves, for every product.
+    // Anded with what is loaded, it also brings the words of a into neighbouring registers; the compiler would do so
+    // anew, by moves, for every product.
     present[half] = exists ? 0xffffffffu : 0;
   }
 
@@ -207,8 +208,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     output[i] = exists ? (image * g.P * g.Q + q) * g.K + channel : -1;
   }
 
-  // What the lane has of b: columns 4 step + j of the window (j = lane % 4), in both channels of a pair, for the output and
-  // the channel of column lane / 4 of the product.
+  // What the lane has of b: columns 4 step + j of the window (j = lane % 4), in both channels of a pair, for the output
+  // and the channel of column lane / 4 of the product.
   uint32 b[kR][kPairs][kSteps];
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair)
@@ -228,8 +229,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   const int output_line = g.Q * g.K;
   const int lines = inputs - kR + 1;
   const int64 next_results = (static_cast<int64>(g.images) * g.P - lines) * output_line;
-  // Rows of y on their way out, in a ring: those that warps write come behind those that they have written since they last
-  // met, which are stored when they meet again.
+  // Rows of y on their way out, in a ring: those that warps write come behind those that they have written since they
+  // last met, which are stored when they meet again.
   constexpr int kLine = kOutputs * kPitch;
   T* const lines_out = staged + kChannels * kTaps;
   int written_end = 0;
@@ -275,7 +276,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     // A place takes over the sums of the one before it, and place 0 begins a row of outputs.
     const auto take_over = [&](int place, int pair) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[place][pair][e] = place > 0 ? sum[max(place - 1, 0)][pair][e] : start[pair * 2 + e % 2];
+      for (int e = 0; e < 4; ++e)
+        sum[place][pair][e] = place > 0 ? sum[max(place - 1, 0)][pair][e] : start[pair * 2 + e % 2];
     };
     const auto write = [&] {
 #pragma unroll
@@ -326,7 +328,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
           for (int half = 0; half < 2; ++half)
             value[step][half] = *reinterpret_cast<const Vector<uint32, kPairs>*>(own_row + window[half] +
                                                                                  step * (kQuad * kPitch));
-        // A pair's part of the row is brought together for one pair after the other, and then meets all rows of outputs.
+        // A pair's part of the row is brought together for one pair after the other, and then meets all rows of
+        // outputs.
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
@@ -335,7 +338,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
           for (int step = 0; step < kSteps; step += 2) {
             if (step + 1 < kSteps) {
               const uint32 a[4] = {value[step][0].piece[pair] & present[0], value[step][1].piece[pair] & present[1],
-                                   value[step + 1][0].piece[pair] & present[0], value[step + 1][1].piece[pair] & present[1]};
+                                   value[step + 1][0].piece[pair] & present[0],
+                                    value[step + 1][1].piece[pair] & present[1]};
 #pragma unroll
               for (int place = kR - 1; place >= 0; --place) {
                 const uint32 taps[2] = {b[place][pair][step], b[place][pair][step + 1]};

@@ -122,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   if (warp == 0) {
     if (thread > 0) return;
-    // The turn's image; its row of y whose first kernel row meets the row of x; those rows of y that are the slab's, and
-    // how many it has of later images.
+    // The turn's image; its row of y whose first kernel row meets the row of x; those rows of y that are the slab's,
+    // and how many it has of later images.
     int image = first_image;
     int p = first_row - first_image * g.P;
     int begin = p;

@@ -1,16 +1,17 @@
 // Depthwise convolution of small planes, NCHW, 16-bit, on tensor cores (sm_90 and newer): forward, and at stride 1 the
-// gradient of the input, which is the convolution of dy with the kernel turned around. The names are the forward pass's.
+// gradient of the input, which is the convolution of dy with the kernel turned around. The names are the forward
+// pass's.
 //
-// The 16 rows of a product are 16 images, its k are pixels of one plane of x and its columns outputs of that plane, both
-// in raster order: y(image, n) = sum over k of x(image, k) * t(k, n), where t(k, n) is the weight of the tap by which
-// output n meets pixel k, and zero where there is none. So images lie in shared memory as they come, one below the
-// other, and fragments of a are read from there directly. Stride, padding and dilation only decide where in t the
+// The 16 rows of a product are 16 images, its k are pixels of one plane of x and its columns outputs of that plane,
+// both in raster order: y(image, n) = sum over k of x(image, k) * t(k, n), where t(k, n) is the weight of the tap by
+// which output n meets pixel k, and zero where there is none. So images lie in shared memory as they come, one below
+// the other, and fragments of a are read from there directly. Stride, padding and dilation only decide where in t the
 // weights are.
 //
-// Of t only a band is not zero. A tile is 8 outputs, a group some neighbouring tiles of a plane. What a group needs of t
-// stays in the registers of one warp, which goes with it through the images: of the group's window of k-steps, every
-// tile meets those that MASKS names. A plane may begin at any element: windows and tiles start at grains, multiples of 8
-// elements of a run, and what t has for elements of other planes is zero.
+// Of t only a band is not zero. A tile is 8 outputs, a group some neighbouring tiles of a plane. What a group needs of
+// t stays in the registers of one warp, which goes with it through the images: of the group's window of k-steps, every
+// tile meets those that MASKS names. A plane may begin at any element: windows and tiles start at grains, multiples of
+// 8 elements of a run, and what t has for elements of other planes is zero.
 //
 // A unit is 16 images of some neighbouring planes: a run for each image, which one warp brings and takes back. A block
 // makes neighbouring units, the images of the same planes one after the other, while the next ones are under way. It
@@ -23,9 +24,9 @@
 // Where a group is some whole rows and x as wide as y, the same t serves all groups, if only x is zero above and below
 // its plane. A unit is then one plane, with zeros between images, and a warp makes every kWarps-th group.
 //
-// Compile-time values: T; TURNED (the kernel, both ways); THREADS; BLOCKS (of a multiprocessor); STAGES (of units, those
-// under way included); IN_VECTORS, OUT_VECTORS (of a run, by one warp); STEPS (of a window); MASKS (of every tile of a
-// group: bit i is set where it meets k-step i); EDGES (bit i is set where tile i may have outputs that are not its
+// Compile-time values: T; TURNED (the kernel, both ways); THREADS; BLOCKS (of a multiprocessor); STAGES (of units,
+// those under way included); IN_VECTORS, OUT_VECTORS (of a run, by one warp); STEPS (of a window); MASKS (of every tile
+// of a group: bit i is set where it meets k-step i); EDGES (bit i is set where tile i may have outputs that are not its
 // plane's); PAIRS (planes of y have an even number of elements); PERIODIC (all groups have the same t).
 #include "indices.cuh"
 #include "numbers.cuh"
@@ -141,8 +142,8 @@ struct Cursor : Unit {
   }
 };
 
-// A table of a plane's weights, with zeros around: at (row, column) that of the tap which lies so many rows and columns of
-// x behind the first, where column 0 is left of everything that any output can meet. Returns whether all are finite.
+// A table of a plane's weights, with zeros around: at (row, column) that of the tap which lies so many rows and columns
+// of x behind the first, where column 0 is left of everything that any output can meet. Returns whether all are finite.
 __device__ __forceinline__ bool fill_table(const Parameters& g, const T* weights, uint16* table, int lane) {
   bool finite = true;
 #pragma unroll 1
@@ -157,8 +158,8 @@ __device__ __forceinline__ bool fill_table(const Parameters& g, const T* weights
   return __all_sync(kAllLanes, finite);
 }
 
-// Pixel and output meet at an index of the table that is the difference of two numbers, one of each. Here are those of a
-// warp's window, whose first pixel is first_pixel, and of its tiles, of which the first output is first_output.
+// Pixel and output meet at an index of the table that is the difference of two numbers, one of each. Here are those of
+// a warp's window, whose first pixel is first_pixel, and of its tiles, of which the first output is first_output.
 struct Places {
   Vector<int, 2> of_pixels[kSteps * kStep / 2];
   int of_outputs[kTiles * kTile];
@@ -182,8 +183,8 @@ __device__ __forceinline__ void find_places(const Parameters& g, int first_pixel
   }
 }
 
-// What the lane holds of t: for every tile and k-step of the window the rows 2j, 2j + 1, 2j + 8, 2j + 9 (j = lane % 4) of
-// column lane / 4.
+// What the lane holds of t: for every tile and k-step of the window the rows 2j, 2j + 1, 2j + 8, 2j + 9 (j = lane % 4)
+// of column lane / 4.
 __device__ __forceinline__ void make_products(const Parameters& g, const uint16* table, const Places& places, int lane,
                                               uint32 (&t)[kTiles][kSteps][2]) {
   int of_output[kTiles];

@@ -60,8 +60,8 @@ constexpr int kSpanH = ((kRows - 1) * kStrideH + kR - kFirstH + kSpreadH - 1) / 
 constexpr int kSpanW = kPaired ? 2 * (kColumns / 2 - 1 + kS)
                               : ((kColumns - 1) * kStrideW + kS - kFirstW + kSpreadW - 1) / kSpreadW;
 
-// What the padding adds to sums is a zero, unless a weight is infinite or NaN. Taps of which it is known at compile time
-// that they fall into the padding are therefore passed over, and added where weights ask for it.
+// What the padding adds to sums is a zero, unless a weight is infinite or NaN. Taps of which it is known at compile
+// time that they fall into the padding are therefore passed over, and added where weights ask for it.
 __device__ constexpr bool outside(int i, int j) {
   return (kHeight > 0 && (i < kTop || i >= kTop + kHeight)) || (kWidth > 0 && (j < kLeft || j >= kLeft + kWidth));
 }
@@ -340,8 +340,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (thread < kWarp) {
       const int count = static_cast<int>((planes_of(turn) - 1) * output_plane) + rows * g.Q;
       store_run(Run<T>(y_run + turn * output_image, count, buffer), thread);
-      // Of one stage there is but one image. That the loop ends with it is better not known when it is compiled: straight
-      // code took up to 65 registers more.
+      // Of one stage there is but one image. That the loop ends with it is better not known when it is compiled:
+      // straight code took up to 65 registers more.
       if (kStages > 1 && turn + kStages < images) load(turn + kStages);
     }
   }

@@ -2,20 +2,21 @@
 // convolution of dy with the kernel turned around. The names are the forward pass's. From sm_75 up.
 //
 // Arithmetic is what these kernels are bound by, so everything else is kept small beside it. A block brings the rows of
-// x that it needs to shared memory, widened and with the zeros of the padding to their left and right, and the weights of
-// their channels. A thread owns a tile of kRows x kColumns outputs, its sums in registers. In the inner loop it takes a
-// piece of one row of x, and the weights of kChunk taps for every row of the tile: each value of x meets the weights of
-// up to kRows rows of the kernel, each weight kColumns outputs. All lanes of one plane read the same weights at once.
+// x that it needs to shared memory, widened and with the zeros of the padding to their left and right, and the weights
+// of their channels. A thread owns a tile of kRows x kColumns outputs, its sums in registers. In the inner loop it
+// takes a piece of one row of x, and the weights of kChunk taps for every row of the tile: each value of x meets the
+// weights of up to kRows rows of the kernel, each weight kColumns outputs. All lanes of one plane read the same weights
+// at once.
 //
 // Every existing tap of every output takes part, those in the padding with a zero, and no others: a row of x outside of
 // the kernel's reach, or a tap behind the last column of the kernel, is passed over, and not multiplied by a zero.
 //
 // Planes are counted channel by channel, the images of one after the other, so that those of a block share weights.
 //
-// Compile-time values: T; ROWS, COLUMNS (outputs of a thread, its tile); CHUNK (taps of a row at a time), WHOLE (whether
-// a row has that many) and TAIL (those left at its end: S % CHUNK); VECTOR (values of one load of a row of x; every tile
-// starts at a multiple of them); IN_VECTOR, OUT_VECTOR (elements of one load of x and one store of y: they divide W and
-// Q); TURNED (the kernel, both ways); THREADS.
+// Compile-time values: T; ROWS, COLUMNS (outputs of a thread, its tile); CHUNK (taps of a row at a time), WHOLE
+// (whether a row has that many) and TAIL (those left at its end: S % CHUNK); VECTOR (values of one load of a row of x;
+// every tile starts at a multiple of them); IN_VECTOR, OUT_VECTOR (elements of one load of x and one store of y: they
+// divide W and Q); TURNED (the kernel, both ways); THREADS.
 #include "numbers.cuh"
 
 using T = CUCONV_T;

@@ -3,9 +3,9 @@
 //
 // A segment is kSegment neighbouring outputs of a row. Its inputs of one kernel row lie in a window of k-steps of kStep
 // columns, and its outputs are that window times a band: a matrix of kernel row r whose element (k, n) is w[r][s] where
-// k = n * stride_w + s * dilation_w, and zero elsewhere (a Toeplitz matrix). A unit is a segment in each of kRows
-// rows of the output, a patch. The 16 rows of a tensor-core product are 16 units of one channel, of whatever columns, rows and
-// images: every input row that they need is loaded once, for all output rows of the patch.
+// k = n * stride_w + s * dilation_w, and zero elsewhere (a Toeplitz matrix). A unit is a segment in each of kRows rows
+// of the output, a patch. The 16 rows of a tensor-core product are 16 units of one channel, of whatever columns, rows
+// and images: every input row that they need is loaded once, for all output rows of the patch.
 //
 // A block owns a run of the output in each of several images: some rows of a plane, or some whole neighbouring planes.
 // Bulk copies bring the runs of the input that these need. From there the rows are laid out so that every window starts

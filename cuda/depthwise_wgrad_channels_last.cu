@@ -1,22 +1,22 @@
-// Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), on every architecture from
-// sm_75 up.
+// Depthwise convolution, gradients of the weights and the bias, channels-last (NHWC in memory), on every architecture
+// from sm_75 up.
 //
 // A thread owns a vector of neighbouring channels and R x S sums of each in registers, through a whole slab of dy.
 // Neighbouring threads have neighbouring channels, and behind the last channel of the block the next strip: some
-// columns of dy in one image. A thread goes down its strip, then down the next. In one turn it takes one row of dy and the
-// rows of x, a stride of them, that come new with it; both were loaded DEPTH turns before, across the ends of strips. Rows
-// of x meet the rows of dy of the last turns, which are a ring in registers, so that every row is loaded once. All strips
-// of a block are at the same row. In the end the sums of threads that share channels are added in a fixed order;
-// depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are several.
+// columns of dy in one image. A thread goes down its strip, then down the next. In one turn it takes one row of dy and
+// the rows of x, a stride of them, that come new with it; both were loaded DEPTH turns before, across the ends of
+// strips. Rows of x meet the rows of dy of the last turns, which are a ring in registers, so that every row is loaded
+// once. All strips of a block are at the same row. In the end the sums of threads that share channels are added in a
+// fixed order; depthwise_wgrad_reduce does so with the partial sums of all slabs, where there are several.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another
 // launch); MULTIPLIED (several channels of dy a channel of x); CHECKED (a strip may need columns that x does not have);
-// EXACT (all columns of every strip exist); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers);
-// VECTOR (channels of a thread: they divide C and K, and arrays start at multiples of them); COLUMNS (of a strip); DEPTH;
-// STRIDE_H, STRIDE_W (of the strip, see below); DILATED.
+// EXACT (all columns of every strip exist); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the
+// registers); VECTOR (channels of a thread: they divide C and K, and arrays start at multiples of them); COLUMNS (of a
+// strip); DEPTH; STRIDE_H, STRIDE_W (of the strip, see below); DILATED.
 //
-// Dilation: rows of dy dilation / gcd(stride, dilation) apart need rows of x whole dilations apart. A strip of rows so far
-// apart is one of an undilated convolution of stride / gcd, in units of `dilation` rows of x. Columns likewise.
+// Dilation: rows of dy dilation / gcd(stride, dilation) apart need rows of x whole dilations apart. A strip of rows so
+// far apart is one of an undilated convolution of stride / gcd, in units of `dilation` rows of x. Columns likewise.
 #include "channels_last.cuh"
 #include "numbers.cuh"
 
@@ -46,11 +46,11 @@ constexpr int kEntries = kTaps + kBias;
 constexpr int kSpan = (kColumns - 1) * kStrideW + kS;
 // Rows of dy that one row of x meets.
 constexpr int kRing = (kR + kStrideH - 1) / kStrideH;
-// Turns in registers as they were loaded. Narrow elements are widened into other registers before the next turn is loaded;
-// wide ones stay where they are until theirs is over.
+// Turns in registers as they were loaded. Narrow elements are widened into other registers before the next turn is
+// loaded; wide ones stay where they are until theirs is over.
 constexpr int kLoaded = kDepth + (sizeof(T) >= 4);
-// Registers are known at compile time: as many turns are unrolled as bring the ring and the loads around together. Any other
-// number would move registers that are still waiting for memory.
+// Registers are known at compile time: as many turns are unrolled as bring the ring and the loads around together. Any
+// other number would move registers that are still waiting for memory.
 constexpr int kUnrolled = least_common_multiple(kRing, kLoaded);
 
 static_assert(kDepth >= 1, "a row is loaded before it is needed");
@@ -109,8 +109,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int items = (first_row + rows - 1) / g.strip_rows - first_item + 1;
   const int turns = rows + items * (kRing - 1);
 
-  // Where the thread is: in row t of a strip, which is row p of dy, and whose first tap is at (row, column) of x, which need
-  // not exist. The block leaves the strip behind row t_end - 1, and has `rows_left` to go then.
+  // Where the thread is: in row t of a strip, which is row p of dy, and whose first tap is at (row, column) of x, which
+  // need not exist. The block leaves the strip behind row t_end - 1, and has `rows_left` to go then.
   int item, t, t_end, rows_left;
   int p, row, column, columns;
   const T *x_source, *dy_source;
@@ -179,8 +179,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   Sum sum[kR][kS][kVector] = {};
   Sum bias_sum[kVector] = {};
-  // For speed, missing columns of dy count as zeros, which is wrong where they meet an x that is not finite: whether one was
-  // seen there, a NaN that stays one, or zero.
+  // For speed, missing columns of dy count as zeros, which is wrong where they meet an x that is not finite: whether
+  // one was seen there, a NaN that stays one, or zero.
   Sum seen[kVector] = {};
   Sum gradient[kRing][kColumns][kVector] = {};
   bool has_dy[kRing] = {};

@@ -1,27 +1,27 @@
 // Depthwise convolution, gradients of the weights and the bias, NCHW, 16-bit, on tensor cores (sm_90 and newer), of
 // stride 1 along rows.
 //
-// Rows of dy and x are cut into chunks of 8 columns. A product m16n8k16 multiplies 16 rows (k) of a chunk of dy by as many
-// rows of x that lie a kernel row below, once for each of two kernel rows (m: 8 columns of x of either): of every pair of
-// columns, one of dy and one of x, it makes a sum over rows. dw[r][s] is the sum of those pairs whose columns lie a tap
-// apart, a diagonal. Which column of its chunk a pair's are matters, and which chunk of its row does not, so that few sums
-// in a thread's registers go through all chunks, rows and images. The diagonals are added in the end.
+// Rows of dy and x are cut into chunks of 8 columns. A product m16n8k16 multiplies 16 rows (k) of a chunk of dy by as
+// many rows of x that lie a kernel row below, once for each of two kernel rows (m: 8 columns of x of either): of every
+// pair of columns, one of dy and one of x, it makes a sum over rows. dw[r][s] is the sum of those pairs whose columns
+// lie a tap apart, a diagonal. Which column of its chunk a pair's are matters, and which chunk of its row does not, so
+// that few sums in a thread's registers go through all chunks, rows and images. The diagonals are added in the end.
 //
-// A block owns some planes, and a slab of the batch, through which it goes some images at a time. One bulk copy an image
-// brings its planes of x, one those of dy. From there rows are laid out in chunks, with zeros beside them and, for x,
-// between the planes; while products go on, the next images are under way. A warp takes one plane, a group of kernel rows
-// and a part of the rows of dy; parts, and slabs, are added in a fixed order.
+// A block owns some planes, and a slab of the batch, through which it goes some images at a time. One bulk copy an
+// image brings its planes of x, one those of dy. From there rows are laid out in chunks, with zeros beside them and,
+// for x, between the planes; while products go on, the next images are under way. A warp takes one plane, a group of
+// kernel rows and a part of the rows of dy; parts, and slabs, are added in a fixed order.
 //
-// The zeros beside rows, and columns of x that dy's last columns do not reach, make NaN of infinities that no tap meets, and
-// products of chunks that are padding are left out. Whatever of dy is not finite, and whatever of x any tap meets, makes
-// sums that are not finite: where there is one the block does it over, plainly.
+// The zeros beside rows, and columns of x that dy's last columns do not reach, make NaN of infinities that no tap
+// meets, and products of chunks that are padding are left out. Whatever of dy is not finite, and whatever of x any tap
+// meets, makes sums that are not finite: where there is one the block does it over, plainly.
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is no need for another launch); CLUSTER (see
-// slabs.cuh); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out at
-// once: it divides W, Q and shift); DOWN (neighbouring threads lay out neighbouring rows, which lie in different banks);
-// DENSE (planes arrive one behind the other, without elements between them); GROUPED (there are several groups of kernel
-// rows); DILATED (dilation_h is above 1); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row); FIRST, APART
-// (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
+// slabs.cuh); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (elements laid out
+// at once: it divides W, Q and shift); DOWN (neighbouring threads lay out neighbouring rows, which lie in different
+// banks); DENSE (planes arrive one behind the other, without elements between them); GROUPED (there are several groups
+// of kernel rows); DILATED (dilation_h is above 1); PAIRS (of kernel rows in a group); X_CHUNKS, DY_CHUNKS (of a row);
+// FIRST, APART (chunk d of dy meets chunk d + FIRST + t of x for every bit t of APART).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "products.cuh"
@@ -119,9 +119,9 @@ __device__ __forceinline__ Words load_chunk(const T* source) {
   return words;
 }
 
-// The rows of so many planes, which arrived `unit` elements apart, to chunks of a layout where planes are `slot` elements
-// apart, kGaps if there are other rows between them. Threads keep to one place of a row; neighbours are at the next place,
-// or, kDown, in the next row. What lies beside a row is loaded too, wherever it belongs, and made zero.
+// The rows of so many planes, which arrived `unit` elements apart, to chunks of a layout where planes are `slot`
+// elements apart, kGaps if there are other rows between them. Threads keep to one place of a row; neighbours are at the
+// next place, or, kDown, in the next row. What lies beside a row is loaded too, wherever it belongs, and made zero.
 template <int kChunks, int kPitch, bool kGaps>
 __device__ __forceinline__ void lay_out(const T* source, T* layout, int planes, int unit, int rows, int width, int slot,
                                         uint32 rows_magic, int shift, int thread) {
@@ -203,8 +203,8 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
   const int64 dy_image = static_cast<int64>(g.K) * dy_plane;
   const T* const x_first = x + first_image * x_image + static_cast<int64>(k0) * x_plane;
   const T* const dy_first = dy + first_image * dy_image + static_cast<int64>(k0) * dy_plane;
-  // Images start at multiples of 16 bytes, so that the elements between these and the planes, which are brought too, are the
-  // image's own.
+  // Images start at multiples of 16 bytes, so that the elements between these and the planes, which are brought too,
+  // are the image's own.
   const int x_phase = static_cast<int>(static_cast<uint32>(k0) * static_cast<uint32>(x_plane) % kChunk);
   const int dy_phase = static_cast<int>(static_cast<uint32>(k0) * static_cast<uint32>(dy_plane) % kChunk);
   const auto images_of = [&](int turn) { return min(g.images, all_images - turn * g.images); };
@@ -238,8 +238,8 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
   const int plane = warp / plane_warps;
   const int group = (warp - plane * plane_warps) / g.parts;
   const int part = warp - plane * plane_warps - group * g.parts;
-  // Of the 8x8 matrices of a fragment a lane gives a row. Of x, lanes 8 to 15 and 24 to 31 that of the second kernel row,
-  // and 16 to 31 those of the last eight rows of k; of dy, those and these the other way around, for two chunks.
+  // Of the 8x8 matrices of a fragment a lane gives a row. Of x, lanes 8 to 15 and 24 to 31 that of the second kernel
+  // row, and 16 to 31 those of the last eight rows of k; of dy, those and these the other way around, for two chunks.
   const int lane_row = lane % 8 + lane / 16 * 8;
   const int second = lane / 8 % 2;
   const int other_lane = lane % 8 + second * 16 + lane / 16 * 8;
@@ -256,10 +256,10 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
   for (int turn = 0; turn < turns; ++turn) {
     const int images = images_of(turn);
     ptx::barrier_wait(&full, turn % 2);
-    lay_out<kXChunks, kXPitch, true>(x_arrival + x_phase, x_layout + g.gap * kXPitch, images * planes, g.x_unit, g.H, g.W, x_slot,
-                               g.H_magic, g.shift, thread);
-    lay_out<kDyChunks, kDyPitch, false>(dy_arrival + dy_phase, dy_layout, images * planes, g.dy_unit, g.P, g.Q, g.P * kDyPitch,
-                                 g.P_magic, 0, thread);
+    lay_out<kXChunks, kXPitch, true>(x_arrival + x_phase, x_layout + g.gap * kXPitch, images * planes, g.x_unit, g.H,
+                                     g.W, x_slot, g.H_magic, g.shift, thread);
+    lay_out<kDyChunks, kDyPitch, false>(dy_arrival + dy_phase, dy_layout, images * planes, g.dy_unit, g.P, g.Q,
+                                        g.P * kDyPitch, g.P_magic, 0, thread);
     __syncthreads();
     if (turn + 1 < turns) load(turn + 1);
 
@@ -362,8 +362,8 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     for (int entry = warp; entry < planes * entries; entry += kWarps) {
       const int tap = entry / planes;
       const int of_plane = entry - tap * planes;
-      const float total = sum_plainly(g, dy_first + of_plane * dy_plane, x_first + of_plane * x_plane, all_images, x_image,
-                                      dy_image, tap, lane);
+      const float total = sum_plainly(g, dy_first + of_plane * dy_plane, x_first + of_plane * x_plane, all_images,
+                                      x_image, dy_image, tap, lane);
       if (lane == 0) deliver(of_plane, tap, total);
     }
     add_slabs();

@@ -1,23 +1,23 @@
-// Depthwise convolution, gradients of the weights and the bias, NCHW, 16-bit, on tensor cores (sm_90 and newer), of small
-// planes: stride 1, no dilation, and a dy as large as x.
+// Depthwise convolution, gradients of the weights and the bias, NCHW, 16-bit, on tensor cores (sm_90 and newer), of
+// small planes: stride 1, no dilation, and a dy as large as x.
 //
-// The planes are cut into chunks of 8 pixels, rows one after the other. A product m16n8k16 multiplies a chunk of dy in 16
-// images (k) by two chunks of x in the same images (m): of every pair of pixels, one of dy and one of x, it makes a sum over
-// images. dw[r][s] is the sum of those pairs that lie a tap apart, and are added in the end. No other pair is looked at, be
-// it of pixels in different rows, or of elements beside the plane: these need not be zeros, and planes may start at any
-// element.
+// The planes are cut into chunks of 8 pixels, rows one after the other. A product m16n8k16 multiplies a chunk of dy in
+// 16 images (k) by two chunks of x in the same images (m): of every pair of pixels, one of dy and one of x, it makes a
+// sum over images. dw[r][s] is the sum of those pairs that lie a tap apart, and are added in the end. No other pair is
+// looked at, be it of pixels in different rows, or of elements beside the plane: these need not be zeros, and planes
+// may start at any element.
 //
-// A block owns some planes, and a slab of the batch, through which it goes some images at a time. One bulk copy an image
-// brings its planes of x, one those of dy, while the images before them are worked on; a product's operands are loaded from
-// where these arrive. A warp takes some chunks of one plane of dy and all chunks of x that they meet.
+// A block owns some planes, and a slab of the batch, through which it goes some images at a time. One bulk copy an
+// image brings its planes of x, one those of dy, while the images before them are worked on; a product's operands are
+// loaded from where these arrive. A warp takes some chunks of one plane of dy and all chunks of x that they meet.
 //
-// Whatever is not finite makes a sum that is not finite: where there is one the block does it over, plainly, with the zeros
-// of the padding.
+// Whatever is not finite makes a sum that is not finite: where there is one the block does it over, plainly, with the
+// zeros of the padding.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another
-// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); STAGES (of images under way);
-// PLANE_CHUNKS (that a plane reaches into); CHUNKS (of dy that a warp takes); FIRST, OFFSETS (chunk d of dy meets the chunks
-// d + FIRST + t of x for t below OFFSETS).
+// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); STAGES (of images under
+// way); PLANE_CHUNKS (that a plane reaches into); CHUNKS (of dy that a warp takes); FIRST, OFFSETS (chunk d of dy meets
+// the chunks d + FIRST + t of x for t below OFFSETS).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "products.cuh"
@@ -48,7 +48,8 @@ constexpr int kEntries = kTaps + kBias;
 // (i + kOffsets - 1) / 2.
 constexpr int kPairs = (kChunks + kOffsets) / 2;
 constexpr int kPairsOfChunk = kOffsets / 2 + 1;
-// In the end the sums of some chunks of dy at a time go through shared memory, of every pixel those with all pixels of x.
+// In the end the sums of some chunks of dy at a time go through shared memory, of every pixel those with all pixels of
+// x.
 constexpr int kChunksAtOnce = kChunks < 4 ? kChunks : 4;
 constexpr int kPixelPitch = kOffsets * kChunk + 1;
 constexpr int kTotalPitch = kWarp + 1;
@@ -75,7 +76,8 @@ struct Parameters {
   int plane_warps;                 // that share a plane
 };
 
-// Whether chunk i of a warp's dy meets a pair of chunks of x. Where a warp has the whole plane, some pairs are beside it.
+// Whether chunk i of a warp's dy meets a pair of chunks of x. Where a warp has the whole plane, some pairs are beside
+// it.
 __device__ constexpr bool meets(int i, int pair) {
   const int chunk = kFirst + 2 * pair;
   const bool beside = kChunks >= kPlaneChunks && (chunk + 1 < 0 || chunk >= kPlaneChunks || i >= kPlaneChunks);
@@ -99,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int pixels = g.H * g.W;
   const int64 apart = static_cast<int64>(g.K) * pixels;
   const int64 start = first_image * apart + static_cast<int64>(k0) * pixels;
-  // Images start at multiples of 16 bytes, so that the elements between these and the planes, which are brought too, are the
-  // image's own.
+  // Images start at multiples of 16 bytes, so that the elements between these and the planes, which are brought too,
+  // are the image's own.
   const int phase = static_cast<int>(static_cast<uint32>(k0) * static_cast<uint32>(pixels) % kChunk);
   const uint32 bytes = static_cast<uint32>((phase + planes * pixels + kChunk - 1) / kChunk * kBulkAlignment);
   T* const stages = reinterpret_cast<T*>(shared) + g.margin;
@@ -130,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int first_chunk = kChunks >= kPlaneChunks ? 0 : (warp - plane * g.plane_warps) * kChunks;
   const int plane_start = phase + plane * pixels;
   const int plane_phase = plane_start % kChunk;
-  // Of the 8x8 matrices of a fragment a lane gives a row, that is an image. Of x, lanes 8 to 15 and 24 to 31 that of the
-  // second chunk, and 16 to 31 those of the last eight images; of dy, those and these the other way around.
+  // Of the 8x8 matrices of a fragment a lane gives a row, that is an image. Of x, lanes 8 to 15 and 24 to 31 that of
+  // the second chunk, and 16 to 31 those of the last eight images; of dy, those and these the other way around.
   const int second = lane / 8 % 2;
   const int last = lane / 16;
   const int own_start = plane_start - plane_phase + first_chunk * kChunk;
@@ -196,8 +198,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     if (turn + kStages < turns) load(turn + kStages);
   }
 
-  // All loads have landed and been read: their memory is free. Each lane takes a pixel of dy, and adds what it has for every
-  // tap.
+  // All loads have landed and been read: their memory is free. Each lane takes a pixel of dy, and adds what it has for
+  // every tap.
   float* const own_sums = reinterpret_cast<float*>(shared) + warp * kSumsOfWarp;
   float total[kEntries] = {};
 #pragma unroll

@@ -1,5 +1,5 @@
-// Depthwise convolution, gradients of the weights and the bias: adds the partial sums of all slabs, always in one order,
-// and rounds. A warp takes a part of the slabs for 32 results, a block all of them.
+// Depthwise convolution, gradients of the weights and the bias: adds the partial sums of all slabs, always in one
+// order, and rounds. A warp takes a part of the slabs for 32 results, a block all of them.
 //
 // Compile-time values: T.
 #include "numbers.cuh"

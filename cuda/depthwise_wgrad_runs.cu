@@ -1,16 +1,17 @@
 // Depthwise convolution, gradients of the weights and the bias, NCHW, by runs (sm_90 and newer).
 //
-// A block owns a plane, or some neighbouring planes, of dy's channels, and a slab of the batch: it goes through units, each
-// some rows of these planes in one image. Two bulk copies bring a unit's runs of dy and, halo included, of x, while the
-// units before it are worked on. Threads take patches of dy, as depthwise_runs takes patches of y: every element of dy and
-// of x is loaded once a patch, and R x S sums stay in a thread's registers through all units. In the end they are added in
-// a fixed order, thread by thread; the blocks of a cluster, or depthwise_wgrad_reduce, do so with the partial sums of all
-// slabs, where there are several.
+// A block owns a plane, or some neighbouring planes, of dy's channels, and a slab of the batch: it goes through units,
+// each some rows of these planes in one image. Two bulk copies bring a unit's runs of dy and, halo included, of x,
+// while the units before it are worked on. Threads take patches of dy, as depthwise_runs takes patches of y: every
+// element of dy and of x is loaded once a patch, and R x S sums stay in a thread's registers through all units. In the
+// end they are added in a fixed order, thread by thread; the blocks of a cluster, or depthwise_wgrad_reduce, do so with
+// the partial sums of all slabs, where there are several.
 //
-// Compile-time values: as in depthwise_runs.cu, of which VECTOR is x's and OUT_VECTOR dy's; BIAS (whether dbias is summed
-// too); FINAL (there is no need for another launch); CLUSTER (see slabs.cuh); EXACT (no patch reaches beyond its unit's dy);
-// BLOCKS (that a multiprocessor is to hold, which bounds the registers); INSIDE_FROM, INSIDE_TO, EXISTING (of single columns
-// without dilation, those of x from and to which, and those of dy to which, exist whatever the patch).
+// Compile-time values: as in depthwise_runs.cu, of which VECTOR is x's and OUT_VECTOR dy's; BIAS (whether dbias is
+// summed too); FINAL (there is no need for another launch); CLUSTER (see slabs.cuh); EXACT (no patch reaches beyond its
+// unit's dy); BLOCKS (that a multiprocessor is to hold, which bounds the registers); INSIDE_FROM, INSIDE_TO, EXISTING
+// (of single columns without dilation, those of x from and to which, and those of dy to which, exist whatever the
+// patch).
 #include "patches.cuh"
 #include "runs.cuh"
 #include "slabs.cuh"
@@ -46,7 +47,7 @@ constexpr int kEntries = kR * kS + kBias;
 
 constexpr int kSpanH = (kRows - 1) * kStrideH + kR;
 constexpr int kSpanW = (kColumns - 1) * kStrideW + kS;
-using Row = RowOfPatch<T, kSpanW, kVector, kLeft, kWidth>;
+using Row = RowOfPatch<T, kSpanW, kVector, kLeft, kWidth, true>;
 
 static_assert(!kDilated || (kVector == 1 && kOutVector == 1 && kWidth == 0), "dilated columns are no vectors");
 static_assert(kWidth || kColumns * kStrideW % kVector == 0, "every patch starts at the same place of a vector");
@@ -87,8 +88,8 @@ struct Unit {
 
 // Whether x and dy were seen to be finite where it matters: a NaN that stays one, or zero.
 //
-// For speed, elements of dy that do not exist count as zeros, which is wrong where they meet an infinite x; and taps in the
-// padding that are known at compile time are passed over, which is wrong where an infinite dy meets them.
+// For speed, elements of dy that do not exist count as zeros, which is wrong where they meet an infinite x; and taps in
+// the padding that are known at compile time are passed over, which is wrong where an infinite dy meets them.
 constexpr bool kPassedOver = kPadded && kWidth > 0;
 
 __device__ __forceinline__ void probe(Sum value, Sum& seen) { seen = fma(value, Sum(0), seen); }
@@ -107,7 +108,8 @@ __device__ __forceinline__ void add_patch(const Parameters& g, const T* dy, cons
   x_row.template place<kPadded || !kExact, kInsideFrom, kInsideTo>(column, unit_w, g.W);
   bool exists[kColumns / kOutVector];
 #pragma unroll
-  for (int v = 0; v < kColumns; v += kOutVector) exists[v / kOutVector] = kExact || v + kOutVector <= kExisting || v * spacing_w < columns;
+  for (int v = 0; v < kColumns; v += kOutVector)
+    exists[v / kOutVector] = kExact || v + kOutVector <= kExisting || v * spacing_w < columns;
   const bool part = !kExact && (rows <= (kRows - 1) * spacing_h || columns <= (kColumns - 1) * spacing_w);
   Sum gradient[kRows][kColumns] = {};
 #pragma unroll
@@ -117,7 +119,8 @@ __device__ __forceinline__ void add_patch(const Parameters& g, const T* dy, cons
 #pragma unroll
       for (int v = 0; v < kColumns; v += kOutVector) {
         Sum vector[kOutVector];
-        load_widened<kOutVector>(dy + v * spacing_w, exists[v / kOutVector] && (kExact || t * spacing_h < rows), vector);
+        const bool present = exists[v / kOutVector] && (kExact || t * spacing_h < rows);
+        load_widened<kOutVector, true>(dy + v * spacing_w, present, vector);
 #pragma unroll
         for (int e = 0; e < kOutVector; ++e) {
           gradient[t][v + e] = vector[e];
@@ -274,7 +277,8 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     }
   }
 
-  // All loads have landed and been read: their memory is free for the sums of every thread, and behind them the block's.
+  // All loads have landed and been read: their memory is free for the sums of every thread, and behind them the
+  // block's.
   Sum* const sums = reinterpret_cast<Sum*>(shared);
   Sum* const totals = sums + kEntries * kThreads;
   const auto store = [&](int of_plane, int tap, Sum total) {

@@ -1,12 +1,13 @@
 // Depthwise convolution, gradients of the weights and the bias, NCHW, stride 1, of kernels too large for
 // depthwise_wgrad_runs: a thread owns neighbouring taps of one kernel row.
 //
-// A block owns some kernel rows of one channel and a slab of the batch: it goes through units, each some rows of dy in one
-// image. Dy and the rows of x that it meets are laid out in shared memory as sums are made, zeros around them, and every
-// thread walks over all of dy: kStep elements of it, the same for all threads, meet a window of x that moves along.
+// A block owns some kernel rows of one channel and a slab of the batch: it goes through units, each some rows of dy in
+// one image. Dy and the rows of x that it meets are laid out in shared memory as sums are made, zeros around them, and
+// every thread walks over all of dy: kStep elements of it, the same for all threads, meet a window of x that moves
+// along.
 //
-// Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another launch);
-// CHUNK (taps of a thread); THREADS.
+// Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another
+// launch); CHUNK (taps of a thread); THREADS.
 #include "indices.cuh"
 #include "numbers.cuh"
 
@@ -53,8 +54,8 @@ __device__ __forceinline__ void load_step(const Sum* source, Sum (&value)[kStep]
   }
 }
 
-// Lays `rows` rows of a plane (extent_h, extent_w), from first_row and first_column on, out in `pitch` columns each: zeros
-// where there is none. Adds up all elements, and in `seen` a NaN where one is not finite.
+// Lays `rows` rows of a plane (extent_h, extent_w), from first_row and first_column on, out in `pitch` columns each:
+// zeros where there is none. Adds up all elements, and in `seen` a NaN where one is not finite.
 __device__ __forceinline__ void lay_out(const T* plane, int extent_h, int extent_w, int first_row, int first_column,
                                         int rows, int pitch, Sum* shared, Sum& total, Sum& seen) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -81,7 +82,8 @@ __device__ __forceinline__ void lay_out(const T* plane, int extent_h, int extent
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    depthwise_wgrad_tiles(const T* dy, const T* x, Sum* partials, T* dw, T* dbias, const __grid_constant__ Parameters g) {
+    depthwise_wgrad_tiles(const T* dy, const T* x, Sum* partials, T* dw, T* dbias,
+                          const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   Sum* const x_shared = reinterpret_cast<Sum*>(shared);
   Sum* const dy_shared = x_shared + (g.unit_rows + g.tap_rows - 1) * g.x_pitch;
@@ -150,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int s = 0; s < kChunk; ++s) {
             const bool exists = within(row, g.H) && within(column + s, g.W);
-            sum[s] = fma(exists ? widen(x_source[static_cast<int64>(row) * g.W + column + s]) : Sum(0), gradient, sum[s]);
+            const Sum value = exists ? widen(x_source[static_cast<int64>(row) * g.W + column + s]) : Sum(0);
+            sum[s] = fma(value, gradient, sum[s]);
           }
         }
     }

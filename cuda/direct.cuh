@@ -2,8 +2,8 @@
 #pragma once
 #include "ptx.cuh"
 
-// Which element of an array (images, channels, rows, columns) lies at `position` in memory; kChannelsLast says whether it
-// lies there as (images, rows, columns, channels). Index counts the array's elements.
+// Which element of an array (images, channels, rows, columns) lies at `position` in memory; kChannelsLast says whether
+// it lies there as (images, rows, columns, channels). Index counts the array's elements.
 template <class Index, bool kChannelsLast>
 struct Element {
   Index image;

@@ -98,11 +98,12 @@ __device__ __forceinline__ void widen_packed(const Packed<T, kCount>& packed, Ac
   }
 }
 
-// load_packed, widened. Not by calling it: a vector that a function returns costs the loops around it up to 50 registers.
-template <int kCount, class T>
+// load_packed, widened. Not by calling it: a vector that a function returns costs the loops around it up to 50
+// registers. kByWords: single 16-bit elements pass through a whole register, which loop bodies of many loads are faster
+// with and others slower.
+template <int kCount, bool kByWords = false, class T>
 __device__ __forceinline__ void load_widened(const T* source, bool present, Accumulator<T> (&value)[kCount]) {
-  if constexpr (kCount == 1 && sizeof(T) == 2) {
-    // As a word, which a load and a zero fill alike: halves of registers the compiler brings together once more.
+  if constexpr (kByWords && kCount == 1 && sizeof(T) == 2) {
     uint32 bits = 0;
     if (present) bits = source->bits;
     float none;

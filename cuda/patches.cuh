@@ -5,10 +5,10 @@
 
 // How a patch loads kSpan neighbouring columns of x, `unit` columns apart, in vectors of kVector elements.
 //
-// kLeft is the padding that precedes column 0, modulo kVector: the first vector starts kPhase columns before the span. Where
-// kWidth is not 0, the span belongs to a whole row of so many columns, and kLeft is the padding itself: what falls outside
-// is then known at compile time.
-template <class T, int kSpan, int kVector, int kLeft, int kWidth>
+// kLeft is the padding that precedes column 0, modulo kVector: the first vector starts kPhase columns before the span.
+// Where kWidth is not 0, the span belongs to a whole row of so many columns, and kLeft is the padding itself: what
+// falls outside is then known at compile time. kByWords: see load_widened.
+template <class T, int kSpan, int kVector, int kLeft, int kWidth, bool kByWords = false>
 struct RowOfPatch {
   using Sum = Accumulator<T>;
   static constexpr int kPhase = kWidth ? 0 : (kVector - kLeft % kVector) % kVector;
@@ -36,7 +36,7 @@ struct RowOfPatch {
 #pragma unroll
       for (int column = 0; column < kWidth; column += kVector) {
         Sum vector[kVector];
-        load_widened<kVector>(source + kLeft + column, row_within, vector);
+        load_widened<kVector, kByWords>(source + kLeft + column, row_within, vector);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
           const int j = column + e + kLeft;
@@ -47,7 +47,7 @@ struct RowOfPatch {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         Sum vector[kVector];
-        load_widened<kVector>(source + (v * kVector - kPhase) * unit, row_within && vector_within[v], vector);
+        load_widened<kVector, kByWords>(source + (v * kVector - kPhase) * unit, row_within && vector_within[v], vector);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
           const int j = v * kVector + e - kPhase;

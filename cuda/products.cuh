@@ -1,4 +1,5 @@
-// Tensor-core products of 16-bit elements (sm_80 and newer): 16 rows and 16 or 8 columns, times as many rows and 8 columns.
+// Tensor-core products of 16-bit elements (sm_80 and newer): 16 rows and 16 or 8 columns, times as many rows and 8
+// columns.
 #pragma once
 #include "numbers.cuh"
 

@@ -50,8 +50,8 @@ __device__ __forceinline__ uint16 float_to_bfloat16(float value) {
 #endif
 }
 
-// The address in global memory, of which the compiler now knows no more than that: it would otherwise take the sum apart,
-// and put every address that is made from this one together again from more parts.
+// The address in global memory, of which the compiler now knows no more than that: it would otherwise take the sum
+// apart, and put every address that is made from this one together again from more parts.
 template <class T>
 __device__ __forceinline__ T* as_it_is(T* address) {
   size_t global = __cvta_generic_to_global(address);
@@ -113,8 +113,8 @@ __device__ __forceinline__ uint32 floats_to_bfloat16_pair(float lower, float upp
 
 #if __CUDA_ARCH__ >= 800
 
-// Global to shared, kBytes bytes (4, 8 or 16) to which both ends are aligned; they have landed when a wait of the calling
-// thread says so.
+// Global to shared, kBytes bytes (4, 8 or 16) to which both ends are aligned; they have landed when a wait of the
+// calling thread says so.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   if constexpr (kBytes == 16)
@@ -190,6 +190,23 @@ __device__ __forceinline__ void multiply_bfloat16s(float (&sum)[4], const uint32
   asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// float32 as TF32, rounded to nearest: a float32 whose 13 lowest bits are zero.
+__device__ __forceinline__ uint32 float_to_tf32(float value) {
+  uint32 bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// As multiply_halves, a of 16 rows and 8 columns, b of 8 rows and 8 columns, of TF32. Lane l = 4 i + j has
+//   of a    rows i and i + 8 of column j in a[0] and a[1], of column j + 4 in a[2] and a[3],
+//   of b    row j of column i in b[0], row j + 4 in b[1].
+__device__ __forceinline__ void multiply_tf32s(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 #endif  // sm_80

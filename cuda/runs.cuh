@@ -24,8 +24,8 @@ __device__ __forceinline__ typename MutableOf<T>::type* run_in_shared(T* global,
   return reinterpret_cast<typename MutableOf<T>::type*>(buffer + reinterpret_cast<uint64>(global) % kBulkAlignment);
 }
 
-// A run at `global`, and its copy: in a shared buffer, which needs kBulkAlignment bytes more than the run, or at a place
-// that lies as far from a boundary as the run.
+// A run at `global`, and its copy: in a shared buffer, which needs kBulkAlignment bytes more than the run, or at a
+// place that lies as far from a boundary as the run.
 template <class T>
 struct Run {
   static constexpr int kPerVector = kBulkAlignment / static_cast<int>(sizeof(T));
@@ -50,8 +50,8 @@ struct Run {
     middle = (count - first) / kPerVector * kPerVector;
   }
 
-  // The same with what lies between the run and the boundaries around it, where that belongs to the array from `begin` to
-  // `end`.
+  // The same with what lies between the run and the boundaries around it, where that belongs to the array from `begin`
+  // to `end`.
   __device__ __forceinline__ Run(T* start, int elements, Element* copy, const T* begin, const T* end)
       : Run(start, elements, copy) {
     const int before = static_cast<int>(reinterpret_cast<uint64>(start) % kBulkAlignment / sizeof(T));

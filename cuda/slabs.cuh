@@ -1,7 +1,7 @@
 // Slabs of the batch, each a block's, along x of the grid: how their sums are added.
 //
-// A few slabs are a cluster: the last one adds, in order, what the others have in their shared memory, and no other launch
-// is needed. CUCONV_CLUSTER is how many, or 1.
+// A few slabs are a cluster: the last one adds, in order, what the others have in their shared memory, and no other
+// launch is needed. CUCONV_CLUSTER is how many, or 1.
 #pragma once
 #include "ptx.cuh"
 
@@ -13,8 +13,8 @@ constexpr int kCluster = CUCONV_CLUSTER;
 #define CUCONV_SLABS
 #endif
 
-// Called by all threads of all blocks of the cluster: calls store(i, sum) for each of `count` sums in shared memory, which
-// every block has at the same place.
+// Called by all threads of all blocks of the cluster: calls store(i, sum) for each of `count` sums in shared memory,
+// which every block has at the same place.
 template <int kThreads, class Sum, class Store>
 __device__ __forceinline__ void add_of_cluster(const Sum* sums, int count, int thread, const Store& store) {
   ptx::cluster_meet();

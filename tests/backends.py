@@ -10,7 +10,7 @@ import hostcuda
 import numpy as np
 import pytest
 
-from cuconv import depthwise, kernels
+from cuconv import depthwise, kernels, pointwise
 
 GUARD = 4096  # elements around an output, more than any tile is wide
 
@@ -19,7 +19,13 @@ def forget_kernels() -> None:
     """What is memoised for one kind of device must not serve another."""
     for memoised in (kernels.target, kernels.load, kernels._kernel):
         memoised.cache_clear()
-    for memoised in (depthwise._forward_kernel, depthwise._dgrad_kernel, depthwise._wgrad_kernels):
+    for memoised in (
+        depthwise._forward_kernel,
+        depthwise._dgrad_kernel,
+        depthwise._wgrad_kernels,
+        pointwise._kernel,
+        pointwise._wgrad_kernels,
+    ):
         memoised.cache_clear()
 
 

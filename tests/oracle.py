@@ -70,6 +70,11 @@ def assert_wgrad_within_bound(dw, dbias, dy, x, **numbers):
             _assert_bound(gradient, exact, magnitude, terms)
 
 
+def assert_sum_within_bound(y, exact, magnitude, terms):
+    """As assert_within_bound, of any sum of so many terms: what it is, and what it is of their magnitudes."""
+    _assert_bound(y, exact, magnitude, terms)
+
+
 def _assert_bound(y, exact, magnitude, taps):
     name = y.dtype.name
     assert y.shape == exact.shape

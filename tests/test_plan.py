@@ -151,7 +151,7 @@ def test_the_default_of_channels_last():
         ((3, 9), "bfloat16", True, 64, "mma"),
         ((7, 7), "bfloat16", True, 200, "mma"),
         ((5, 5), "float32", True, 64, "staged"),
-        ((5, 5), "float16", False, 64, "channels_last"),
+        ((5, 5), "float16", False, 64, "runs"),
         ((5, 5), "float16", True, 68, "staged"),
         ((4, 4), "float16", True, 64, "staged"),
         ((2, 20), "float16", True, 64, "staged"),

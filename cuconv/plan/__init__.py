@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ..geometry import Conv2dGeometry
+from ..geometry import Conv2dGeometry, PointwiseGeometry
 from . import (
     channels_last,
     channels_last_mma,
@@ -21,6 +21,7 @@ from . import (
     channels_last_staged,
     direct,
     images,
+    pointwise,
     runs,
     tiles,
     toeplitz,
@@ -33,6 +34,7 @@ from . import (
     wgrad_pairs,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
+from .pointwise import Epilogue
 from .wgrad import WgradPlan
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "TARGETS",
     "VARIANTS",
     "VECTOR_BYTES",
+    "Epilogue",
     "Plan",
     "Target",
     "Unsuitable",
@@ -50,6 +53,8 @@ __all__ = [
     "depthwise_wgrad",
     "forced_variant",
     "in_fastest_layout",
+    "pointwise_conv",
+    "pointwise_wgrad",
     "variant",
 ]
 
@@ -88,6 +93,9 @@ _WGRAD = {
     "direct": wgrad.direct,
 }
 
+_POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
+_POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
+
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {
     "images": images.beats_others,
@@ -103,7 +111,7 @@ _BEATS_OTHERS_OF_WGRAD = {
     "channels_last_runs": wgrad_channels_last_runs.beats_others,
 }
 
-VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD)))
+VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE)))
 
 _forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
 
@@ -165,6 +173,35 @@ def depthwise_wgrad(
     """The plans of the gradients of a depthwise convolution's weights and, where bias is true, of its bias; aligned
     speaks of dy and x."""
     return _first_suitable(_WGRAD, _BEATS_OTHERS_OF_WGRAD, forced, geometry, dtype, bias, target, aligned)
+
+
+@lru_cache(maxsize=4096)
+def pointwise_conv(
+    geometry: PointwiseGeometry,
+    dtype: str,
+    turned: bool,
+    epilogue: Epilogue,
+    target: Target,
+    forced: str | None = None,
+    aligned: bool = True,
+) -> Plan:
+    """The plan of a pointwise convolution or, turned, of the gradient of its input; aligned speaks of all arrays."""
+    return _first_suitable(_POINTWISE, {}, forced, geometry, dtype, turned, epilogue, target, aligned)
+
+
+@lru_cache(maxsize=4096)
+def pointwise_wgrad(
+    geometry: PointwiseGeometry,
+    dtype: str,
+    bias: bool,
+    allow_tf32: bool,
+    target: Target,
+    forced: str | None = None,
+    aligned: bool = True,
+) -> WgradPlan:
+    """The plans of the gradients of a pointwise convolution's weights and, where bias is true, of its bias; aligned
+    speaks of dy and x."""
+    return _first_suitable(_POINTWISE_WGRAD, {}, forced, geometry, dtype, bias, allow_tf32, target, aligned)
 
 
 _Chosen = TypeVar("_Chosen", Plan, WgradPlan)

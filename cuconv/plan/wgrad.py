@@ -172,15 +172,19 @@ _REDUCE_RESULTS, _REDUCE_THREADS = 32, 256
 
 def with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: bool) -> WgradPlan:
     """Sums of several slabs, and the launch that adds them."""
-    taps = g.R * g.S
-    total = g.K * (taps + bias)
+    return with_reduce_of(sums, slabs, g.K, g.R * g.S, dtype, bias)
+
+
+def with_reduce_of(sums: Plan, slabs: int, K: int, taps: int, dtype: str, bias: bool) -> WgradPlan:
+    """Likewise, of so many weights an output channel; the workspace is (slabs, taps and one for dbias, K)."""
+    total = K * (taps + bias)
     reduce = Plan(
         source="depthwise_wgrad_reduce",
         defines=(("T", DTYPES[dtype][0]),),
         grid=(-(-total // _REDUCE_RESULTS), 1, 1),
         block=_REDUCE_THREADS,
         shared_bytes=0,
-        parameters=(("K", g.K), ("taps", taps), ("slabs", slabs), ("total_entries", total)),
+        parameters=(("K", K), ("taps", taps), ("slabs", slabs), ("total_entries", total)),
     )
     return WgradPlan(sums, reduce, slabs * total * sum_bytes(dtype))
 

@@ -284,6 +284,30 @@ inline void multiply_bfloat16s(float (&sum)[4], const uint32 (&a)[2], uint32 b, 
   multiply_bfloat16s(sum, {a[0], a[1], 0, 0}, {b, 0}, line);
 }
 
+// To nearest, of two the one farther from zero.
+inline uint32 float_to_tf32(float value) {
+  const uint32 bits = __float_as_uint(value);
+  if ((bits & 0x7F800000u) == 0x7F800000u) return value != value ? 0x7FFFE000u : bits;
+  return (bits + 0x1000u) & 0xFFFFE000u;
+}
+inline void multiply_tf32s(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2], int line = __builtin_LINE()) {
+  struct Fragments { uint32 a[4], b[2]; };
+  const Fragments own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  for (uint32 bits : {a[0], a[1], a[2], a[3], b[0], b[1]})
+    if (bits & 0x1FFFu) fail("multiply_tf32s of what is no TF32: %#x, in line %d", bits, line);
+  const int lane = hostcuda::own_lane();
+  show_lanes(own, line, [&](auto of_lane) {
+    for (int e = 0; e < 4; e++) {
+      const int half = e / 2, column = lane % 4 * 2 + e % 2;
+      for (int k = 0; k < 8; k++) {
+        const uint32 left = of_lane(lane / 4 * 4 + k % 4).a[half + k / 4 * 2];
+        const uint32 right = of_lane(column * 4 + k % 4).b[k / 4];
+        sum[e] += __uint_as_float(left) * __uint_as_float(right);
+      }
+    }
+  });
+}
+
 #endif  // sm_80
 
 #if __CUDA_ARCH__ >= 900
