@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,15 @@ from .geometry import (
     pointwise_geometry,
     shape_argument,
 )
+
+
+class _Call(NamedTuple):
+    """What the arguments of a call, once checked, tell of it."""
+
+    geometry: PointwiseGeometry
+    dtype: str
+    device: int | None  # None for NumPy arrays
+    dense: bool  # whether kernels can read the arrays as they lie
 
 
 def pointwise_conv2d(
@@ -79,31 +88,42 @@ def pointwise_conv2d(
            [0., 0.]], dtype=float32)
     """
     # 1. Check.
+    call = _check_forward(x, w, bias, out, stride)
+    epilogue = plan.Epilogue(bool(allow_tf32), check_activation("activation", activation))
+    if out is not None:
+        interop.check_apart(out, x=x, w=w, bias=bias)
+    geometry = call.geometry
+    if call.device is None:
+        return reference.pointwise_conv2d(x, w, bias, geometry, epilogue.activation, out)
+    with interop.on_device(call.device):
+        # 2. Allocate.
+        if not call.dense:
+            x, w = interop.contiguous(x, geometry.channels_last), interop.contiguous(w)
+            bias = None if bias is None else interop.contiguous(bias)
+        y = interop.output(out, geometry.y_shape, x.dtype, geometry.channels_last)
+        if geometry.N:
+            # 3. Plan, and 4. kernel: found again once they are known.
+            aligned = (x.data.ptr | w.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
+            kernel = _kernel(geometry, call.dtype, False, epilogue, call.device, plan.forced_variant(), aligned)
+            # 5. Launch.
+            kernel(x.data.ptr, w.data.ptr, interop.address(bias), y.data.ptr)
+        return interop.delivered(y, out)
+
+
+@interop.remembered
+def _check_forward(x: Any, w: Any, bias: Any, out: Any, stride: Any) -> _Call:
     module = interop.array_module(x=x, w=w, bias=bias, out=out)
     dtype = check_dtypes(x=x, w=w, bias=bias)
     channels_last = module is not np and interop.channels_last(x)
     geometry = pointwise_geometry(x.shape, w.shape, stride=stride, channels_last=channels_last)
-    epilogue = plan.Epilogue(bool(allow_tf32), check_activation("activation", activation))
     if bias is not None:
         check_shape("bias", bias, (geometry.K,), "one value for each output channel")
     device = None if module is np else interop.one_device(x=x, w=w, bias=bias, out=out)
     if out is not None:
         check_out(out, geometry.y_shape, x.dtype)
-        interop.check_apart(out, x=x, w=w, bias=bias)
-    if device is None:
-        return reference.pointwise_conv2d(x, w, bias, geometry, epilogue.activation, out)
-    with device:
-        # 2. Allocate.
-        x, w = interop.contiguous(x, channels_last), interop.contiguous(w)
-        bias = None if bias is None else interop.contiguous(bias)
-        y = interop.output(out, module, geometry.y_shape, x.dtype, channels_last)
-        if geometry.N:
-            # 3. Plan, and 4. kernel: found again once they are known.
-            aligned = (x.data.ptr | w.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
-            kernel = _kernel(geometry, dtype, False, epilogue, device.id, plan.forced_variant(), aligned)
-            # 5. Launch.
-            kernel(x.data.ptr, w.data.ptr, interop.address(bias), y.data.ptr)
-        return interop.delivered(y, out, channels_last)
+    layout = geometry.channels_last
+    dense = device is not None and interop.all_contiguous(x, channels_last=layout) and interop.all_contiguous(w, bias)
+    return _Call(geometry, dtype, device, dense)
 
 
 def pointwise_conv2d_dgrad(
@@ -152,32 +172,42 @@ def pointwise_conv2d_dgrad(
     array([3., 2., 3.], dtype=float32)
     """
     # 1. Check.
-    module = interop.array_module(dy=dy, w=w, out=out)
-    dtype = check_dtypes(dy=dy, w=w)
-    x_shape = shape_argument("x_shape", x_shape)
-    channels_last = module is not np and interop.channels_last(dy)
-    geometry = pointwise_geometry(x_shape, w.shape, stride=stride, channels_last=channels_last)
-    epilogue = plan.Epilogue(bool(allow_tf32))
-    check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
-    device = None if module is np else interop.one_device(dy=dy, w=w, out=out)
+    call = _check_dgrad(dy, w, out, x_shape, stride)
     if out is not None:
-        check_out(out, geometry.x_shape, dy.dtype)
         interop.check_apart(out, dy=dy, w=w)
-    if device is None:
+    geometry = call.geometry
+    if call.device is None:
         return reference.pointwise_conv2d_dgrad(dy, w, geometry, out)
-    with device:
+    with interop.on_device(call.device):
         # 2. Allocate.
-        dy, w = interop.contiguous(dy, channels_last), interop.contiguous(w)
-        dx = interop.output(out, module, geometry.x_shape, dy.dtype, channels_last)
+        if not call.dense:
+            dy, w = interop.contiguous(dy, geometry.channels_last), interop.contiguous(w)
+        dx = interop.output(out, geometry.x_shape, dy.dtype, geometry.channels_last)
         if geometry.N:
             if geometry.stride != (1, 1):
                 dx.fill(0)
             # 3. Plan, and 4. kernel: found again once they are known.
             aligned = (dy.data.ptr | w.data.ptr | dx.data.ptr) % plan.VECTOR_BYTES == 0
-            kernel = _kernel(geometry, dtype, True, epilogue, device.id, plan.forced_variant(), aligned)
+            epilogue = plan.Epilogue(bool(allow_tf32))
+            kernel = _kernel(geometry, call.dtype, True, epilogue, call.device, plan.forced_variant(), aligned)
             # 5. Launch.
             kernel(dy.data.ptr, w.data.ptr, 0, dx.data.ptr)
-        return interop.delivered(dx, out, channels_last)
+        return interop.delivered(dx, out)
+
+
+@interop.remembered
+def _check_dgrad(dy: Any, w: Any, out: Any, x_shape: Any, stride: Any) -> _Call:
+    module = interop.array_module(dy=dy, w=w, out=out)
+    dtype = check_dtypes(dy=dy, w=w)
+    x_shape = shape_argument("x_shape", x_shape)
+    channels_last = module is not np and interop.channels_last(dy)
+    geometry = pointwise_geometry(x_shape, w.shape, stride=stride, channels_last=channels_last)
+    check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
+    device = None if module is np else interop.one_device(dy=dy, w=w, out=out)
+    if out is not None:
+        check_out(out, geometry.x_shape, dy.dtype)
+    dense = device is not None and interop.all_contiguous(dy, channels_last=channels_last) and interop.all_contiguous(w)
+    return _Call(geometry, dtype, device, dense)
 
 
 @lru_cache(maxsize=4096)
@@ -262,37 +292,31 @@ def pointwise_conv2d_wgrad(
     """
     # 1. Check.
     dw_out, dbias_out = pair_argument("out", out) if bias and out is not None else (out, None)
-    module = interop.array_module(dy=dy, x=x, out=dw_out, dbias=dbias_out, workspace=workspace)
-    dtype = check_dtypes(dy=dy, x=x)
-    w_shape = shape_argument("w_shape", w_shape)
-    channels_last = module is not np and interop.channels_last(dy) and interop.channels_last(x)
-    geometry = pointwise_geometry(x.shape, w_shape, stride=stride, channels_last=channels_last, name="w_shape")
-    check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
-    inputs = {"dy": dy, "x": x}
-    device = None if module is np else interop.one_device(**inputs, out=dw_out, dbias=dbias_out, workspace=workspace)
+    call = _check_wgrad(dy, x, dw_out, dbias_out, workspace, w_shape, stride)
+    w_shape = tuple(w_shape)
     if dw_out is not None:
-        check_out(dw_out, w_shape, dy.dtype)
-        interop.check_apart(dw_out, **inputs, dbias=dbias_out)
+        interop.check_apart(dw_out, dy=dy, x=x, dbias=dbias_out)
     if dbias_out is not None:
-        check_out(dbias_out, (geometry.K,), dy.dtype)
-        interop.check_apart(dbias_out, **inputs)
+        interop.check_apart(dbias_out, dy=dy, x=x)
     if workspace is not None:
-        interop.check_apart(workspace, **inputs, out=dw_out, dbias=dbias_out, name="workspace")
-    if device is None:
+        interop.check_apart(workspace, dy=dy, x=x, out=dw_out, dbias=dbias_out, name="workspace")
+    geometry = call.geometry
+    if call.device is None:
         dw = np.empty(w_shape, dy.dtype) if dw_out is None else dw_out
         return reference.pointwise_conv2d_wgrad(dy, x, bias, geometry, dw, dbias_out)
-    with device:
+    with interop.on_device(call.device):
         # 2. Allocate.
-        dy, x = (interop.contiguous(array, channels_last) for array in (dy, x))
-        dw = interop.output(dw_out, module, w_shape, dy.dtype)
-        dbias = interop.output(dbias_out, module, (geometry.K,), dy.dtype) if bias else None
+        if not call.dense:
+            dy, x = (interop.contiguous(array, geometry.channels_last) for array in (dy, x))
+        dw = interop.output(dw_out, w_shape, dy.dtype)
+        dbias = interop.output(dbias_out, (geometry.K,), dy.dtype) if bias else None
         if geometry.N:
             # 3. Plan, and 4. kernels: found again once they are known.
             aligned = (dy.data.ptr | x.data.ptr) % plan.VECTOR_BYTES == 0
             sums, reduce, workspace_bytes = _wgrad_kernels(
-                geometry, dtype, bool(bias), bool(allow_tf32), device.id, plan.forced_variant(), aligned
+                geometry, call.dtype, bool(bias), bool(allow_tf32), call.device, plan.forced_variant(), aligned
             )
-            partials = interop.workspace(workspace, module, workspace_bytes)
+            partials = interop.workspace(workspace, workspace_bytes)
             # 5. Launch.
             results = interop.address(partials), dw.data.ptr, interop.address(dbias)
             sums(dy.data.ptr, x.data.ptr, *results)
@@ -304,6 +328,24 @@ def pointwise_conv2d_wgrad(
                     gradient.fill(0)
         dw = interop.delivered(dw, dw_out)
         return dw if dbias is None else (dw, interop.delivered(dbias, dbias_out))
+
+
+@interop.remembered
+def _check_wgrad(dy: Any, x: Any, out: Any, dbias: Any, workspace: Any, w_shape: Any, stride: Any) -> _Call:
+    module = interop.array_module(dy=dy, x=x, out=out, dbias=dbias, workspace=workspace)
+    dtype = check_dtypes(dy=dy, x=x)
+    w_shape = shape_argument("w_shape", w_shape)
+    channels_last = module is not np and interop.channels_last(dy) and interop.channels_last(x)
+    geometry = pointwise_geometry(x.shape, w_shape, stride=stride, channels_last=channels_last, name="w_shape")
+    check_shape("dy", dy, geometry.y_shape, "that of the convolution's output")
+    arrays = {"dy": dy, "x": x, "out": out, "dbias": dbias, "workspace": workspace}
+    device = None if module is np else interop.one_device(**arrays)
+    if out is not None:
+        check_out(out, w_shape, dy.dtype)
+    if dbias is not None:
+        check_out(dbias, (geometry.K,), dy.dtype)
+    dense = device is not None and interop.all_contiguous(dy, x, channels_last=channels_last)
+    return _Call(geometry, dtype, device, dense)
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ FLOORS = (
     {"geometry"},
     {"plan", "reference", "interop"},
     {"kernels"},
-    {"depthwise"},
+    {"depthwise", "pointwise"},
     {"__init__"},
 )
 
