@@ -19,7 +19,7 @@ import numpy as np
 
 from . import __version__, depthwise_conv2d, kernels, measure, plan, reference
 from .cases import REFERENCE_CASES, Case
-from .geometry import Conv2dGeometry
+from .geometry import Conv2dGeometry, pointwise_geometry
 from .plan import TARGETS, Plan, Target, Unsuitable
 
 _PACKAGES = ("numpy", "cupy", "ml_dtypes", "torch", "jax")
@@ -190,7 +190,9 @@ def _variants(target: Target) -> Iterator[tuple[str, str, Plan]]:
     seen = set()
     cases = (*REFERENCE_CASES, *_FURTHER_GEOMETRIES)
     for variant, dtype, case, last in product(plan.VARIANTS, plan.DTYPES, cases, (False, True)):
-        for chosen in _passes(replace(case.geometry, channels_last=last), dtype, target, variant):
+        depthwise = _passes(replace(case.geometry, channels_last=last), dtype, target, variant)
+        pointwise = _pointwise_passes(case, last, dtype, target, variant) if case.K else ()
+        for chosen in (*depthwise, *pointwise):
             if (chosen.source, chosen.defines) not in seen:
                 seen.add((chosen.source, chosen.defines))
                 yield variant, dtype, chosen
@@ -203,6 +205,20 @@ def _passes(geometry: Conv2dGeometry, dtype: str, target: Target, variant: str) 
             yield make(geometry, dtype, target, variant)
     with contextlib.suppress(Unsuitable):
         wgrad = plan.depthwise_wgrad(geometry, dtype, True, target, variant)
+        yield wgrad.sums
+        if wgrad.reduce is not None:
+            yield wgrad.reduce
+
+
+def _pointwise_passes(case: Case, last: bool, dtype: str, target: Target, variant: str) -> Iterator[Plan]:
+    """Likewise, of the pointwise part of a separable case."""
+    g = case.geometry
+    pointwise = pointwise_geometry((g.N, g.K, g.P, g.Q), (case.K, g.K), channels_last=last)
+    for turned in (False, True):
+        with contextlib.suppress(Unsuitable):
+            yield plan.pointwise_conv(pointwise, dtype, turned, plan.Epilogue(), target, variant)
+    with contextlib.suppress(Unsuitable):
+        wgrad = plan.pointwise_wgrad(pointwise, dtype, True, False, target, variant)
         yield wgrad.sums
         if wgrad.reduce is not None:
             yield wgrad.reduce

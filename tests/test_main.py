@@ -83,7 +83,8 @@ def test_python_m_cuconv() -> None:
 
 def test_compile_prints_resources(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
-    monkeypatch.setattr(program, "REFERENCE_CASES", REFERENCE_CASES[:1])
+    few = tuple(case for case in REFERENCE_CASES if case.name in ("kb82", "kb86"))
+    monkeypatch.setattr(program, "REFERENCE_CASES", few)
     monkeypatch.setattr(program, "_FURTHER_GEOMETRIES", ())
     assert program.main(["compile", "--arch", "sm_90a"]) == 0
     printed = capsys.readouterr().out
@@ -93,6 +94,8 @@ def test_compile_prints_resources(capsys: pytest.CaptureFixture[str], monkeypatc
         assert f"| {variant} " in printed
     for kernel in ("forward_direct", "dgrad_direct", "wgrad_direct", "runs", "wgrad_runs", "wgrad_reduce"):
         assert f"| depthwise_{kernel} " in printed
+    for kernel in ("pointwise", "pointwise_direct", "pointwise_wgrad", "pointwise_wgrad_direct"):
+        assert f"| {kernel} " in printed
 
 
 def test_compile_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
