@@ -96,7 +96,19 @@ def contiguous(array: Any, channels_last: bool = False) -> Any:
     """The CuPy array itself where it is dense in this layout and aligned to its element, a copy in it otherwise."""
     if is_contiguous(array, channels_last):
         return array
+    if array.data.ptr % array.dtype.itemsize:
+        array = _copied_by_bytes(array)
     return _nchw(_nhwc(array).copy("C")) if channels_last else array.copy("C")
+
+
+def _copied_by_bytes(array: Any) -> Any:
+    """A copy of a CuPy array that starts in the midst of an element, which CuPy's own kernels cannot read as it is."""
+    if not array.size:
+        return array
+    first = array[(slice(1),) * array.ndim].view(np.uint8)
+    as_strided = sys.modules["cupy"].lib.stride_tricks.as_strided
+    of_bytes = as_strided(first, (*array.shape, array.dtype.itemsize), (*array.strides, 1))
+    return of_bytes.copy("C").view(array.dtype).reshape(array.shape)
 
 
 def is_contiguous(array: Any, channels_last: bool = False) -> bool:

@@ -251,10 +251,11 @@ def test_each_array_has_a_layout_of_its_own(device, rng, layouts):
 
 
 def test_out_and_workspace(device, rng):
-    g = depthwise_geometry((16, 3, 16, 15), (3, 1, 3, 3), padding=1)  # large enough for sums of several slabs
+    # Of one channel, so that sums are of more slabs than a cluster has.
+    g = depthwise_geometry((64, 1, 16, 15), (1, 1, 3, 3), padding=1)
     dy, x = random_gradients(rng, g, "float32")
     on_device, numbers = (device.array(dy), device.array(x), g.w_shape), numbers_of(g)
-    buffer, bias_buffer = device.array(np.zeros((3, 2, 3, 6), np.float32)), device.array(np.zeros(6, np.float32))
+    buffer, bias_buffer = device.array(np.zeros((1, 2, 3, 6), np.float32)), device.array(np.zeros(2, np.float32))
     out = (buffer[:, 1:, ::-1, ::2], bias_buffer[::-2])
     with pytest.raises(ValueError, match=r"workspace must have at least \d+ bytes, and has 8") as refusal:
         cuconv.depthwise_conv2d_wgrad(*on_device, bias=True, workspace=device.array(np.zeros(8, np.uint8)), **numbers)

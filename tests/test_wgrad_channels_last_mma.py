@@ -251,4 +251,4 @@ def test_where_it_is_the_default():
     assert source((128, 240, 28, 28), (5, 5), padding=2, stride=2) == "staged"
     assert source((128, 236, 28, 28), (5, 5), padding=2) == "staged"
     assert source((128, 240, 28, 28), (5, 5), padding=2, target=plan.TARGETS[80]) == "staged"
-    assert source((128, 240, 28, 28), (5, 5), padding=2, aligned=False) == ""
+    assert source((128, 240, 28, 28), (5, 5), padding=2, aligned=False) == "runs"

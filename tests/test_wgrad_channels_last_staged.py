@@ -207,9 +207,9 @@ def test_the_default_and_where_it_is_another():
     g = nhwc_geometry((16, 64, 56, 56), (64, 1, 3, 3))
     odd = nhwc_geometry((16, 67, 56, 56), (67, 1, 3, 3))
     for dtype in ("float16", "bfloat16", "float32"):
-        for chosen in (g, odd):
+        for chosen, variant in ((g, "staged"), (odd, "runs")):
             source = plan.depthwise_wgrad(chosen, dtype, True, plan.TARGETS[90]).source
-            assert source == "depthwise_wgrad_channels_last_staged"
+            assert source == f"depthwise_wgrad_channels_last_{variant}"
     multiplied = nhwc_geometry((2, 32, 9, 9), (64, 1, 3, 3))
     others = [
         (g, "float32", plan.TARGETS[75], True, "needs compute capability 8.0, and the device has 7.5"),
@@ -219,7 +219,7 @@ def test_the_default_and_where_it_is_another():
     ]
     for geometry, dtype, target, aligned, reason in others:
         chosen = plan.depthwise_wgrad(geometry, dtype, True, target, aligned=aligned)
-        assert chosen.source == "depthwise_wgrad_channels_last"
+        assert chosen.source == "depthwise_wgrad_channels_last" + "_runs" * (not aligned)
         with pytest.raises(plan.Unsuitable, match=f"variant channels_last_staged: {reason}"):
             plan.depthwise_wgrad(geometry, dtype, True, target, "channels_last_staged", aligned)
     many_taps = nhwc_geometry((2, 3, 40, 40), (3, 1, 9, 9))

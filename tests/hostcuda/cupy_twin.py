@@ -102,6 +102,13 @@ def ascontiguousarray(array: Any, dtype: Any = None) -> ndarray:
     return np.ascontiguousarray(asarray(array, dtype)).view(ndarray)
 
 
+def _as_strided(array: ndarray, shape: Any, strides: Any) -> ndarray:
+    return np.lib.stride_tricks.as_strided(array, shape, strides, subok=True)
+
+
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
+
+
 class Device:
     def __init__(self, device: int = 0) -> None:
         self.id = int(device)
