@@ -2,6 +2,7 @@
 
 from .depthwise import depthwise_conv2d, depthwise_conv2d_dgrad, depthwise_conv2d_wgrad
 from .pointwise import pointwise_conv2d, pointwise_conv2d_dgrad, pointwise_conv2d_wgrad
+from .separable import separable_conv2d
 
 __all__ = [
     "depthwise_conv2d",
@@ -10,5 +11,6 @@ __all__ = [
     "pointwise_conv2d",
     "pointwise_conv2d_dgrad",
     "pointwise_conv2d_wgrad",
+    "separable_conv2d",
 ]
 __version__ = "0.1.0"

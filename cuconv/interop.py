@@ -14,7 +14,7 @@ import numpy as np
 # Sums in float64 lie there, and the elements of any dtype.
 ALIGNMENT = 8
 # Arguments that need not be given.
-OPTIONAL = ("bias", "out", "dbias", "workspace")
+OPTIONAL = ("bias", "depthwise_bias", "pointwise_bias", "out", "dbias", "workspace")
 
 
 def array_module(**arrays: Any) -> ModuleType:

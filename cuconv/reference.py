@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .geometry import Conv2dGeometry, PointwiseGeometry
+from .geometry import Conv2dGeometry, PointwiseGeometry, SeparableGeometry
 
 Array = np.ndarray[Any, Any]
 
@@ -218,6 +218,90 @@ def pointwise_conv2d_wgrad(
     dbias = np.empty(g.K, dy.dtype) if dbias is None else dbias
     dbias[...] = rounded(biases, dbias.dtype)
     return dw, dbias
+
+
+class SeparableGradients(NamedTuple):
+    """What separable_conv2d_backward returns: None for what was not asked for."""
+
+    x: Any = None
+    depthwise_w: Any = None
+    pointwise_w: Any = None
+    depthwise_bias: Any = None
+    pointwise_bias: Any = None
+
+
+def separable_conv2d(
+    x: Array,
+    depthwise_w: Array,
+    pointwise_w: Array,
+    depthwise_bias: Array | None,
+    pointwise_bias: Array | None,
+    geometry: SeparableGeometry,
+    depthwise_activation: str | None,
+    pointwise_activation: str | None,
+    out: Array | None = None,
+) -> Array:
+    """The pointwise convolution of the depthwise one, each with its bias and activation; in between, values are rounded
+    to the dtype of x, as two layers have them.
+
+    x (N, C, H, W), depthwise_w (C*M, 1, R, S), pointwise_w (K, C*M) with or without two axes of 1, biases (C*M,) and
+    (K,) or None, out and the result (N, K, P, Q).
+    """
+    _, middle = _middle(x, depthwise_w, depthwise_bias, geometry.depthwise, depthwise_activation)
+    return pointwise_conv2d(middle, pointwise_w, pointwise_bias, geometry.pointwise, pointwise_activation, out)
+
+
+def separable_conv2d_backward(
+    dy: Array,
+    x: Array,
+    depthwise_w: Array,
+    pointwise_w: Array,
+    depthwise_bias: Array | None,
+    pointwise_bias: Array | None,
+    geometry: SeparableGeometry,
+    depthwise_activation: str | None,
+    pointwise_activation: str | None,
+    wanted: frozenset[str],
+) -> SeparableGradients:
+    """The gradients of separable_conv2d that are in `wanted`, by the names of SeparableGradients. Nothing but the
+    middle, and each gradient in the end, is rounded."""
+    depthwise, pointwise = geometry.depthwise, geometry.pointwise
+    before, middle = _middle(x, depthwise_w, depthwise_bias, depthwise, depthwise_activation)
+    gradient = dy.astype(np.float64)
+    if pointwise_activation is not None:
+        wide_bias = None if pointwise_bias is None else pointwise_bias.astype(np.float64)
+        z = pointwise_conv2d(middle.astype(np.float64), pointwise_w, wide_bias, pointwise, None)
+        with np.errstate(over="ignore", invalid="ignore"):
+            gradient = gradient * activation_slope(z, pointwise_activation)
+    results: dict[str, Any] = {}
+    if wanted & {"pointwise_w", "pointwise_bias"}:
+        dw, dbias = pointwise_conv2d_wgrad(
+            gradient, middle, True, pointwise, np.empty(pointwise_w.shape, x.dtype), np.empty(pointwise.K, x.dtype)
+        )
+        results |= {"pointwise_w": dw, "pointwise_bias": dbias}
+    if wanted & {"x", "depthwise_w", "depthwise_bias"}:
+        gradient = pointwise_conv2d_dgrad(gradient, pointwise_w, pointwise)
+        if depthwise_activation is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                gradient = gradient * activation_slope(before, depthwise_activation)
+        if "x" in wanted:
+            results["x"] = depthwise_conv2d_dgrad(gradient, depthwise_w, depthwise, np.empty(x.shape, x.dtype))
+        if wanted & {"depthwise_w", "depthwise_bias"}:
+            dw, dbias = depthwise_conv2d_wgrad(
+                gradient, x, True, depthwise, np.empty(depthwise_w.shape, x.dtype), np.empty(depthwise.K, x.dtype)
+            )
+            results |= {"depthwise_w": dw, "depthwise_bias": dbias}
+    return SeparableGradients(**{name: value for name, value in results.items() if name in wanted})
+
+
+def _middle(
+    x: Array, w: Array, bias: Array | None, geometry: Conv2dGeometry, activation: str | None
+) -> tuple[Array, Array]:
+    """A depthwise convolution before its activation, in float64, and behind it, in the dtype of x."""
+    wide_bias = None if bias is None else bias.astype(np.float64)
+    before = depthwise_conv2d(x.astype(np.float64), w, wide_bias, geometry)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return before, rounded(activated(before, activation), x.dtype)
 
 
 class _DgradTap(NamedTuple):

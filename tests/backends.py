@@ -10,7 +10,7 @@ import hostcuda
 import numpy as np
 import pytest
 
-from cuconv import depthwise, kernels, pointwise
+from cuconv import depthwise, kernels, pointwise, separable
 
 GUARD = 4096  # elements around an output, more than any tile is wide
 
@@ -25,6 +25,7 @@ def forget_kernels() -> None:
         depthwise._wgrad_kernels,
         pointwise._kernel,
         pointwise._wgrad_kernels,
+        separable._launch,
     ):
         memoised.cache_clear()
 

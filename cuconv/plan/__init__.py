@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ..geometry import Conv2dGeometry, PointwiseGeometry
+from ..geometry import Conv2dGeometry, PointwiseGeometry, SeparableGeometry
 from . import (
     channels_last,
     channels_last_mma,
@@ -23,6 +23,7 @@ from . import (
     images,
     pointwise,
     runs,
+    separable,
     tiles,
     toeplitz,
     wgrad,
@@ -35,6 +36,7 @@ from . import (
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .pointwise import Epilogue
+from .separable import SeparableEpilogue, activate
 from .wgrad import WgradPlan
 
 __all__ = [
@@ -45,9 +47,11 @@ __all__ = [
     "VECTOR_BYTES",
     "Epilogue",
     "Plan",
+    "SeparableEpilogue",
     "Target",
     "Unsuitable",
     "WgradPlan",
+    "activate",
     "depthwise_dgrad",
     "depthwise_forward",
     "depthwise_wgrad",
@@ -55,6 +59,7 @@ __all__ = [
     "in_fastest_layout",
     "pointwise_conv",
     "pointwise_wgrad",
+    "separable_conv",
     "variant",
 ]
 
@@ -94,6 +99,8 @@ _WGRAD = {
 }
 
 _POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
+# Fused, or depthwise and pointwise by kernels of their own.
+_SEPARABLE: dict[str, Callable[..., Plan | None]] = {"fused": separable.fused, "apart": lambda *_: None}
 _POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
 
 # Of these, those that are asked before all others: each says where.
@@ -111,7 +118,7 @@ _BEATS_OTHERS_OF_WGRAD = {
     "channels_last_runs": wgrad_channels_last_runs.beats_others,
 }
 
-VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE)))
+VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE, *_SEPARABLE)))
 
 _forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
 
@@ -204,7 +211,21 @@ def pointwise_wgrad(
     return _first_suitable(_POINTWISE_WGRAD, {}, forced, geometry, dtype, bias, allow_tf32, target, aligned)
 
 
-_Chosen = TypeVar("_Chosen", Plan, WgradPlan)
+@lru_cache(maxsize=4096)
+def separable_conv(
+    geometry: SeparableGeometry,
+    dtype: str,
+    epilogue: SeparableEpilogue,
+    target: Target,
+    forced: str | None = None,
+    aligned: bool = True,
+) -> Plan | None:
+    """The plan of a separable convolution in one kernel, or None where both parts have one of their own; aligned speaks
+    of all arrays."""
+    return _first_suitable(_SEPARABLE, {}, forced, geometry, dtype, epilogue, target, aligned)
+
+
+_Chosen = TypeVar("_Chosen", Plan, WgradPlan, Plan | None)
 
 
 def _first_suitable(

@@ -79,8 +79,8 @@ def direct(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, t
             ("pixels", pixels),
             ("channels", channels),
             ("depth", depth),
-            *_pixels_parameters(g, "input", depth, of_x=not turned),
-            *_pixels_parameters(g, "output", channels, of_x=turned),
+            *pixels_parameters(g, "input", depth, of_x=not turned),
+            *pixels_parameters(g, "output", channels, of_x=turned),
         ),
     )
 
@@ -154,8 +154,8 @@ def wgrad_products(
             ("C", g.C),
             ("K", g.K),
             ("row_tiles", row_tiles),
-            *_pixels_parameters(g, "x", g.C, of_x=True),
-            *_pixels_parameters(g, "dy", g.K, of_x=False),
+            *pixels_parameters(g, "x", g.C, of_x=True),
+            *pixels_parameters(g, "dy", g.K, of_x=False),
         ),
     )
     return with_reduce_of(sums, slabs, g.K, g.C, dtype, bias)
@@ -181,8 +181,8 @@ def wgrad_direct(
         parameters=(
             ("pixels", g.N * g.P * g.Q),
             ("C", g.C),
-            *_pixels_parameters(g, "x", g.C, of_x=True),
-            *_pixels_parameters(g, "dy", g.K, of_x=False),
+            *pixels_parameters(g, "x", g.C, of_x=True),
+            *pixels_parameters(g, "dy", g.K, of_x=False),
         ),
     )
     return WgradPlan(sums, None, 0)
@@ -214,12 +214,7 @@ def tile_plan(
     pixels, tile_rows = g.N * g.P * g.Q, -(-channels // t.channels)
     tiles = -(-pixels // t.pixels)
 
-    # Pitches as in cuda/pointwise.cu.
-    pad = 8 if size == 2 else 4
-    weight_tile = t.depth * (t.channels + 8) if turned else t.channels * (t.depth + pad)
-    image_tile = t.pixels * (t.depth + pad) if g.channels_last else t.depth * (t.pixels + 8)
-    result = t.pixels * (t.channels + 8) if g.channels_last else t.channels * (t.pixels + 8)
-    shared = size * ((chunks if t.resident else t.stages) * weight_tile + t.stages * image_tile + result)
+    shared = tile_bytes(t, g.channels_last, size, turned, chunks)
     if shared > target.shared_per_block - SHARED_RESERVE:
         raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
     if tile_rows > MAX_GRID[1]:
@@ -243,14 +238,7 @@ def tile_plan(
             ("T", name),
             ("CHANNELS_LAST", int(g.channels_last)),
             ("TURNED", int(turned)),
-            ("CHANNELS", t.channels),
-            ("PIXELS", t.pixels),
-            ("DEPTH", t.depth),
-            ("CHANNEL_WARPS", t.channel_warps),
-            ("PIXEL_WARPS", t.pixel_warps),
-            ("BLOCKS", t.blocks),
-            ("STAGES", t.stages),
-            ("RESIDENT", int(t.resident)),
+            *tile_defines(t),
             ("COPY", along(read, strided and not turned, t.depth if g.channels_last else t.pixels)),
             ("WEIGHT_COPY", gcd(g.C, vector)),
             ("STORE", along(written, strided and turned, t.channels if g.channels_last else t.pixels)),
@@ -267,13 +255,36 @@ def tile_plan(
             ("channels", channels),
             ("depth", depth),
             ("tiles", tiles),
-            *_pixels_parameters(g, "input", read, of_x=not turned),
-            *_pixels_parameters(g, "output", written, of_x=turned),
+            *pixels_parameters(g, "input", read, of_x=not turned),
+            *pixels_parameters(g, "output", written, of_x=turned),
         ),
     )
 
 
-def _pixels_parameters(g: PointwiseGeometry, name: str, channels: int, *, of_x: bool) -> tuple[tuple[str, int], ...]:
+def tile_bytes(t: Tile, channels_last: bool, size: int, turned: bool, chunks: int) -> int:
+    """Shared memory of a block, with pitches as in cuda/pointwise_tiles.cuh."""
+    pad = 8 if size == 2 else 4
+    weight_tile = t.depth * (t.channels + 8) if turned else t.channels * (t.depth + pad)
+    image_tile = t.pixels * (t.depth + pad) if channels_last else t.depth * (t.pixels + 8)
+    result = t.pixels * (t.channels + 8) if channels_last else t.channels * (t.pixels + 8)
+    return size * ((chunks if t.resident else t.stages) * weight_tile + t.stages * image_tile + result)
+
+
+def tile_defines(t: Tile) -> tuple[tuple[str, int | str], ...]:
+    """The extents of a tile, as cuda/pointwise_tiles.cuh has them."""
+    return (
+        ("CHANNELS", t.channels),
+        ("PIXELS", t.pixels),
+        ("DEPTH", t.depth),
+        ("CHANNEL_WARPS", t.channel_warps),
+        ("PIXEL_WARPS", t.pixel_warps),
+        ("BLOCKS", t.blocks),
+        ("STAGES", t.stages),
+        ("RESIDENT", int(t.resident)),
+    )
+
+
+def pixels_parameters(g: PointwiseGeometry, name: str, channels: int, *, of_x: bool) -> tuple[tuple[str, int], ...]:
     """A Pixels of cuda/pixels.cuh."""
     rows, columns = (g.H, g.W) if of_x else (g.P, g.Q)
     step = g.stride if of_x else (1, 1)

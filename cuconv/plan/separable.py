@@ -1,0 +1,117 @@
+"""Depthwise-separable convolution in one kernel: see cuda/separable.cu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from ..geometry import SeparableGeometry
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
+from .pointwise import Tile, pixels_parameters, require_countable, tile_bytes, tile_defines
+
+# The depthwise part is unrolled over its taps.
+MAX_TAPS = 64
+_SUM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SeparableEpilogue:
+    """What a separable convolution is besides its geometry: how exact, and what follows each part."""
+
+    allow_tf32: bool = False
+    depthwise_activation: str | None = None
+    pointwise_activation: str | None = None
+
+
+def fused(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target: Target, aligned: bool) -> Plan:
+    """The plan of cuda/separable.cu; aligned speaks of all arrays."""
+    depthwise, pointwise = g.depthwise, g.pointwise
+    name, size = DTYPES[dtype]
+    if target.architecture < 80:
+        raise Unsuitable("needs tensor cores of compute capability 8.0 or newer")
+    if dtype == "float64":
+        raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
+    if depthwise.R * depthwise.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {depthwise.R} x {depthwise.S}")
+    require_countable(pointwise)
+    depth = 32 if size == 2 else 16
+    chunks = -(-pointwise.C // depth)
+    channels = 64 if pointwise.K <= 64 else 128
+    tile = Tile(channels, 128, depth, 2, 4, 1, 2, chunks * depth * channels * size <= 40 * 1024)
+    taps_bytes = depthwise.K * depthwise.R * depthwise.S * _SUM_BYTES
+    shared = tile_bytes(tile, pointwise.channels_last, size, False, chunks) + taps_bytes
+    if shared > target.shared_per_block - SHARED_RESERVE:
+        raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
+    rows = -(-pointwise.K // tile.channels)
+    if rows > MAX_GRID[1]:
+        raise Unsuitable(f"takes up to {MAX_GRID[1] * tile.channels} channels, and there are {pointwise.K}")
+
+    widest = VECTOR_BYTES // size if aligned else 1
+    dense = depthwise.stride[1] == depthwise.dilation[1] == 1
+    if pointwise.channels_last:
+        vector = strip = gcd(depthwise.C, widest) if depthwise.multiplier == 1 else 1
+        store = gcd(pointwise.K, widest, tile.channels)
+    else:
+        vector = gcd(depthwise.W, depthwise.Q, widest) if dense else 1
+        strip = vector
+        store = gcd(pointwise.P * pointwise.Q, widest, tile.pixels)
+    pixels = pointwise.N * pointwise.P * pointwise.Q
+    tiles = -(-pixels // tile.pixels)
+    threads = 32 * tile.channel_warps * tile.pixel_warps
+    per_multiprocessor = min(2048 // threads, max(1, target.shared_per_multiprocessor // (shared + SHARED_RESERVE)))
+    columns = max(1, min(tiles, -(-target.multiprocessors * per_multiprocessor // rows)))
+    return Plan(
+        source="separable",
+        defines=(
+            ("T", name),
+            ("CHANNELS_LAST", int(pointwise.channels_last)),
+            ("TURNED", 0),
+            *tile_defines(tile),
+            ("WEIGHT_COPY", gcd(pointwise.C, widest)),
+            ("STORE", store),
+            ("STRIDED_OUTPUT", 0),
+            ("TERMS", 2 if dtype == "float32" and not epilogue.allow_tf32 else 1),
+            ("ACTIVATION", epilogue.pointwise_activation or "none"),
+            ("R", depthwise.R),
+            ("S", depthwise.S),
+            ("VECTOR", vector),
+            ("STRIP", strip),
+            ("LEFT", depthwise.padding[1][0] % vector),
+            ("DEPTHWISE_ACTIVATION", epilogue.depthwise_activation or "none"),
+        ),
+        grid=(columns, rows, 1),
+        block=threads,
+        shared_bytes=shared,
+        parameters=(
+            ("pixels", pixels),
+            ("channels", pointwise.K),
+            ("depth", pointwise.C),
+            ("tiles", tiles),
+            ("multiplier", depthwise.multiplier),
+            ("H", depthwise.H),
+            ("W", depthwise.W),
+            ("top", depthwise.padding[0][0]),
+            ("left", depthwise.padding[1][0]),
+            ("stride_h", depthwise.stride[0]),
+            ("stride_w", depthwise.stride[1]),
+            ("dilation_h", depthwise.dilation[0]),
+            ("dilation_w", depthwise.dilation[1]),
+            *pixels_parameters(pointwise, "output", pointwise.K, of_x=False),
+        ),
+    )
+
+
+_ACTIVATE_THREADS = 256
+
+
+def activate(elements: int, dtype: str, activation: str, target: Target) -> Plan:
+    """The plan of cuda/activate.cu, on so many elements."""
+    blocks = min(-(-elements // _ACTIVATE_THREADS), 8 * target.multiprocessors)
+    return Plan(
+        source="activate",
+        defines=(("T", DTYPES[dtype][0]), ("ACTIVATION", activation)),
+        grid=(blocks, 1, 1),
+        block=_ACTIVATE_THREADS,
+        shared_bytes=0,
+        parameters=(("total_elements", elements),),
+    )
