@@ -1,5 +1,5 @@
-// An activation of every element of an array, in place: what a depthwise convolution that is launched by itself leaves to
-// do before the pointwise one of a separable convolution.
+// An activation of every element of an array, in place: what a depthwise convolution that is launched by itself leaves
+// to do before the pointwise one of a separable convolution.
 //
 // Compile-time values: T; ACTIVATION.
 #include "activations.cuh"

@@ -1,12 +1,12 @@
-// Pointwise convolution on tensor cores (sm_80 and newer): forward, and the gradient of the input, which is the same with
-// the weights turned around.
+// Pointwise convolution on tensor cores (sm_80 and newer): forward, and the gradient of the input, which is the same
+// with the weights turned around.
 //
 // A block makes some channels of one tile of pixels after the other. What it reads passes through a ring of stages in
 // shared memory, copied there some stages ahead, across the ends of tiles: of the images always, of the weights only
 // where they do not stay in shared memory from the beginning.
 //
-// Compile-time values: those of pointwise_tiles.cuh; COPY (elements of a copy of images: their rows and start are multiples
-// of it); STRIDED_INPUT (whether only some pixels of what is read are counted).
+// Compile-time values: those of pointwise_tiles.cuh; COPY (elements of a copy of images: their rows and start are
+// multiples of it); STRIDED_INPUT (whether only some pixels of what is read are counted).
 #include "pointwise_tiles.cuh"
 
 constexpr int kCopy = CUCONV_COPY;

@@ -1,14 +1,14 @@
-// Tiles of a pointwise convolution on tensor cores: outputs (channels, pixels) = weights (channels, depth) images (depth,
-// pixels), where depth counts the channels of what is read; channels-last, where memory runs along the channels, the other
-// way around: outputs (pixels, channels) = images (pixels, depth) weights (depth, channels). Pixels of all images are
-// counted through.
+// Tiles of a pointwise convolution on tensor cores: outputs (channels, pixels) = weights (channels, depth) images
+// (depth, pixels), where depth counts the channels of what is read; channels-last, where memory runs along the
+// channels, the other way around: outputs (pixels, channels) = images (pixels, depth) weights (depth, channels). Pixels
+// of all images are counted through.
 //
-// Compile-time values: T; CHANNELS_LAST; TURNED (whether the depth counts rows of w, as in dgrad, or its columns); CHANNELS,
-// PIXELS (of a block's tile); DEPTH (of a stage); CHANNEL_WARPS, PIXEL_WARPS (that share a tile); BLOCKS (that a
-// multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights of a block stay in shared
-// memory); WEIGHT_COPY (elements of a copy of weights: their rows and start are multiples of it); STORE (of a store of
-// results, likewise); STRIDED_OUTPUT (whether only some pixels of the result are counted); TERMS (of an element of
-// float32: 1 or 2, see matrices.cuh); ACTIVATION.
+// Compile-time values: T; CHANNELS_LAST; TURNED (whether the depth counts rows of w, as in dgrad, or its columns);
+// CHANNELS, PIXELS (of a block's tile); DEPTH (of a stage); CHANNEL_WARPS, PIXEL_WARPS (that share a tile); BLOCKS
+// (that a multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights of a block stay
+// in shared memory); WEIGHT_COPY (elements of a copy of weights: their rows and start are multiples of it); STORE (of a
+// store of results, likewise); STRIDED_OUTPUT (whether only some pixels of the result are counted); TERMS (of an
+// element of float32: 1 or 2, see matrices.cuh); ACTIVATION.
 #pragma once
 #include "activations.cuh"
 #include "matrices.cuh"

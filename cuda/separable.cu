@@ -5,10 +5,10 @@
 // multiplies is not copied but made: while the block multiplies one stage its threads make the next from x, each some
 // neighbours of a row (channels-last, neighbouring channels of a pixel) at a time, straight from memory and its caches.
 //
-// Compile-time values: those of pointwise_tiles.cuh, two stages; R, S; VECTOR (elements of a load of x: rows of x, and x
-// itself, start at multiples of it); STRIP (outputs of a thread along a row: 1, or VECTOR where stride and dilation along
-// rows are 1; they divide the rows of the result; channels-last VECTOR, and 1 with a multiplier); LEFT (padding before a
-// row, modulo VECTOR); DEPTHWISE_ACTIVATION.
+// Compile-time values: those of pointwise_tiles.cuh, two stages; R, S; VECTOR (elements of a load of x: rows of x, and
+// x itself, start at multiples of it); STRIP (outputs of a thread along a row: 1, or VECTOR where stride and dilation
+// along rows are 1; they divide the rows of the result; channels-last VECTOR, and 1 with a multiplier); LEFT (padding
+// before a row, modulo VECTOR); DEPTHWISE_ACTIVATION.
 #include "patches.cuh"
 #include "pointwise_tiles.cuh"
 
@@ -88,7 +88,8 @@ __device__ __forceinline__ void make_strip(const Parameters& g, const T* x, cons
       for (int s = 0; s < kS; ++s) {
         const bool exists = within(h0 + r * g.dilation_h, g.H) && within(v0 + s * g.dilation_w, g.W);
         float value[kStrip];
-        load_widened<kStrip>(source + (static_cast<int64>(r * g.dilation_h) * g.W + s * g.dilation_w) * C, exists, value);
+        const int64 offset = (static_cast<int64>(r * g.dilation_h) * g.W + s * g.dilation_w) * C;
+        load_widened<kStrip>(source + offset, exists, value);
         const float* const weight = weights + (r * kS + s) * g.depth + channel;
 #pragma unroll
         for (int e = 0; e < kStrip; ++e) sum[e] = fma(value[e], weight[e], sum[e]);
