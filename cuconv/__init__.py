@@ -1,5 +1,6 @@
 """cuconv: depthwise convolution on GPU arrays, at the speed of their memory."""
 
+from .batchnorm import fold_batchnorm
 from .depthwise import depthwise_conv2d, depthwise_conv2d_dgrad, depthwise_conv2d_wgrad
 from .pointwise import pointwise_conv2d, pointwise_conv2d_dgrad, pointwise_conv2d_wgrad
 from .separable import separable_conv2d
@@ -8,6 +9,7 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_conv2d_dgrad",
     "depthwise_conv2d_wgrad",
+    "fold_batchnorm",
     "pointwise_conv2d",
     "pointwise_conv2d_dgrad",
     "pointwise_conv2d_wgrad",

@@ -22,7 +22,7 @@ FLOORS = (
     {"geometry"},
     {"plan", "reference", "interop"},
     {"kernels"},
-    {"depthwise", "pointwise", "separable"},
+    {"batchnorm", "depthwise", "pointwise", "separable"},
     {"__init__"},
 )
 
