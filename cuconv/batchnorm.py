@@ -71,14 +71,15 @@ def fold_batchnorm(
             check_shape(name, array, (w.shape[0],), "one value for each output channel")
     if module is not np:
         interop.one_device(w=w, bias=bias, **given)
-    wide = {
-        name: None if array is None else array.astype(np.float64) for name, array in {**statistics, "b": bias}.items()
-    }
-    scale = 1.0 / module.sqrt(wide["var"] + eps)
-    if wide["gamma"] is not None:
-        scale = wide["gamma"] * scale
-    shift = ((0.0 if wide["b"] is None else wide["b"]) - wide["mean"]) * scale
-    if wide["beta"] is not None:
-        shift = shift + wide["beta"]
-    folded = w.astype(np.float64) * scale.reshape(-1, *(1 for _ in w.shape[1:]))
+    scale = 1.0 / module.sqrt(_wide(var) + eps)
+    if gamma is not None:
+        scale = _wide(gamma) * scale
+    shift = -_wide(mean) * scale if bias is None else (_wide(bias) - _wide(mean)) * scale
+    if beta is not None:
+        shift = shift + _wide(beta)
+    folded = _wide(w) * scale.reshape(-1, *(1 for _ in w.shape[1:]))
     return Folded(folded.astype(w.dtype), shift.astype(w.dtype))
+
+
+def _wide(array: Any) -> Any:
+    return array.astype(np.float64)
