@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from ..geometry import SeparableGeometry
+from ..geometry import Conv2dGeometry, SeparableGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
 from .pointwise import Tile, pixels_parameters, require_countable, tile_bytes, tile_defines
 
@@ -85,19 +85,26 @@ def fused(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target:
         parameters=(
             ("pixels", pixels),
             ("channels", pointwise.K),
-            ("depth", pointwise.C),
             ("tiles", tiles),
-            ("multiplier", depthwise.multiplier),
-            ("H", depthwise.H),
-            ("W", depthwise.W),
-            ("top", depthwise.padding[0][0]),
-            ("left", depthwise.padding[1][0]),
-            ("stride_h", depthwise.stride[0]),
-            ("stride_w", depthwise.stride[1]),
-            ("dilation_h", depthwise.dilation[0]),
-            ("dilation_w", depthwise.dilation[1]),
+            *middle_parameters(depthwise),
             *pixels_parameters(pointwise, "output", pointwise.K, of_x=False),
         ),
+    )
+
+
+def middle_parameters(g: Conv2dGeometry) -> tuple[tuple[str, int], ...]:
+    """A Middle of cuda/middle.cuh."""
+    return (
+        ("middle_channels", g.K),
+        ("middle_multiplier", g.multiplier),
+        ("middle_H", g.H),
+        ("middle_W", g.W),
+        ("middle_top", g.padding[0][0]),
+        ("middle_left", g.padding[1][0]),
+        ("middle_stride_h", g.stride[0]),
+        ("middle_stride_w", g.stride[1]),
+        ("middle_dilation_h", g.dilation[0]),
+        ("middle_dilation_w", g.dilation[1]),
     )
 
 
