@@ -1,10 +1,10 @@
-// The values in between the parts of a separable convolution, made from x: those of the depthwise part, with its bias and
-// activation.
+// The values in between the parts of a separable convolution, made from x: those of the depthwise part, with its bias
+// and activation.
 //
-// Compile-time values: T; CHANNELS_LAST; R, S; VECTOR (elements of a load of x: rows of x, and x itself, start at multiples
-// of it); STRIP (outputs of a thread along memory: along a row 1, or VECTOR where stride and dilation along rows are 1;
-// they divide the rows of the result; channels-last VECTOR, and 1 with a multiplier); LEFT (padding before a row, modulo
-// VECTOR); DEPTHWISE_ACTIVATION.
+// Compile-time values: T; CHANNELS_LAST; R, S; VECTOR (elements of a load of x: rows of x, and x itself, start at
+// multiples of it); STRIP (outputs of a thread along memory: along a row 1, or VECTOR where stride and dilation along
+// rows are 1; they divide the rows of the result; channels-last VECTOR, and 1 with a multiplier); LEFT (padding before
+// a row, modulo VECTOR); DEPTHWISE_ACTIVATION.
 #pragma once
 #include "activations.cuh"
 #include "patches.cuh"
@@ -108,7 +108,8 @@ __device__ __forceinline__ void make_strip(const Middle& g, const T* x, const fl
   }
 }
 
-// The taps of all channels as make_strip takes them: of every channel its taps or, channels-last, of every tap its channels.
+// The taps of all channels as make_strip takes them: of every channel its taps or, channels-last, of every tap its
+// channels.
 template <int kThreads>
 __device__ __forceinline__ void widen_taps(const Middle& g, const T* w, float* taps, int thread) {
   for (int i = thread; i < g.channels * kTaps; i += kThreads) {

@@ -40,7 +40,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   float* const taps = reinterpret_cast<float*>(results + kRows * kResultPitch);
 
   const auto weights_to = [&](int stage, int chunk) {
-    copy_weights(weights + stage * kWeightTile, w, first_channel, g.channels, chunk * kDepth, g.middle.channels, thread);
+    T* const to = weights + stage * kWeightTile;
+    copy_weights(to, w, first_channel, g.channels, chunk * kDepth, g.middle.channels, thread);
   };
   int next_tile = first_tile;
   int next_chunk = 0;
@@ -56,7 +57,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       const int pixel = next_tile * kPixels + (kChannelsLast ? row : column);
       const int channel = next_chunk * kDepth + (kChannelsLast ? column : row);
       float value[kStrip] = {};
-      if (pixel < g.pixels && channel < g.middle.channels) make_strip(g.middle, x, taps, depthwise_bias, channel, Place(g.output, pixel), value);
+      if (pixel < g.pixels && channel < g.middle.channels)
+        make_strip(g.middle, x, taps, depthwise_bias, channel, Place(g.output, pixel), value);
       store_narrowed<kStrip>(images + stage * kImageTile + row * kImagePitch + column, value);
     }
     if (++next_chunk == chunks) {

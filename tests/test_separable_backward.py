@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from test_pointwise import TORCH
-from test_separable import CASES, numbers_of, random_arrays
+from test_pointwise import LAYOUTS, TORCH
+from test_separable import CASES, ROUNDOFF, numbers_of, random_arrays
 from torch.nn import functional
 
-from cuconv import reference
+from cuconv import kernels, plan, reference
 from cuconv.geometry import separable_geometry
+from cuconv.plan import separable
 
 NAMES = ("x", "depthwise_w", "pointwise_w", "depthwise_bias", "pointwise_bias")
 
@@ -38,6 +40,38 @@ def test_the_reference_is_the_derivative(rng, name, activations):
     got = reference.separable_conv2d_backward(dy, *arrays, g, *activations, frozenset(NAMES))
     for gradient, exact in zip(got, exact_gradients(dy, arrays, activations, numbers_of(name)), strict=True):
         np.testing.assert_allclose(gradient, exact, rtol=1e-10, atol=1e-10 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_of_pointwise_weights_needs_no_middle(device, rng, name, dtype, layout):
+    x, w, pointwise, bias, _ = random_arrays(rng, name, dtype)
+    numbers = numbers_of(name)
+    g = separable_geometry(x.shape, w.shape, pointwise.shape, **numbers, channels_last=layout == "nhwc")
+    dy = rng.standard_normal(g.y_shape).astype(x.dtype)
+    epilogue = plan.SeparableEpilogue(depthwise_activation="relu")
+    chosen = separable.wgrad(g, dtype, True, epilogue, device.target, aligned=True)
+    workspace = device.module.empty(chosen.workspace_bytes, np.uint8)
+    dw, guards = device.guarded(pointwise.shape[:2], x.dtype)
+    dbias, _ = device.guarded((pointwise.shape[0],), x.dtype)
+    read = [device.array(dy, layout), device.array(x, layout), device.array(w), device.array(bias)]
+    kernels.load(chosen.sums, 0)(*(array.data.ptr for array in read), workspace.data.ptr)
+    kernels.load(chosen.reduce, 0)(workspace.data.ptr, dw.data.ptr, dbias.data.ptr)
+    z = oracle.convolve(x, w, bias, **numbers)
+    middle = np.maximum(z, 0)
+    magnitude = oracle.convolve(np.abs(x), np.abs(w), np.abs(bias), **numbers)
+    of_sums = 2.0**-24 * (w.shape[2] * w.shape[3] + 2) * magnitude
+    gradient, terms = np.asarray(dy, np.float64), dy.size // dy.shape[1]
+    exact = np.einsum("nkpq,ncpq->kc", gradient, middle)
+    roundoff = ROUNDOFF[dtype]
+    slack = np.einsum("nkpq,ncpq->kc", np.abs(gradient), 2 * roundoff * middle + of_sums)
+    slack += 2.0**-24 * (terms + 4) * np.einsum("nkpq,ncpq->kc", np.abs(gradient), middle)
+    error = np.abs(device.host(dw).astype(np.float64) - exact)
+    assert (error <= roundoff * np.abs(exact) + slack).all()
+    assert np.count_nonzero(exact)
+    oracle.assert_sum_within_bound(device.host(dbias), gradient.sum((0, 2, 3)), np.abs(gradient).sum((0, 2, 3)), terms)
+    guards.assert_untouched()
 
 
 @pytest.mark.parametrize("wanted", NAMES)

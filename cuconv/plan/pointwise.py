@@ -111,18 +111,10 @@ def wgrad_products(
         raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {pixels}")
     require_countable(g)
     name, size = DTYPES[dtype]
-    rows, columns = (64 if extent <= 64 else 128 for extent in (g.C, g.K))
-    t = WgradTile(rows, columns, 64 if size == 2 else 32, 2, 4, 1, 3)
-    pad = 8 if size == 2 or g.channels_last else 4
-    tile = t.depth * (t.rows + t.columns + 2 * pad) if g.channels_last else (t.rows + t.columns) * (t.depth + pad)
-    shared = size * t.stages * tile
-    if shared > target.shared_per_block - SHARED_RESERVE:
-        raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
+    t = wgrad_tile(g, size, stages=3)
+    shared = wgrad_tile_bytes(t, g.channels_last, size, target)
     row_tiles, column_tiles = -(-g.C // t.rows), -(-g.K // t.columns)
-    wanted = max(1, 2 * target.multiprocessors // (row_tiles * column_tiles))
-    slab = -(-pixels // min(wanted, MAX_GRID[1]))
-    slab = -(-slab // t.depth) * t.depth
-    slabs = -(-pixels // slab)
+    slab, slabs = wgrad_slabs(pixels, t, row_tiles * column_tiles, target)
     vector = VECTOR_BYTES // size if aligned else 1
     strided = g.stride != (1, 1)
     dy_copy = gcd(g.K, vector) if g.channels_last else gcd(g.P * g.Q, vector)
@@ -133,13 +125,7 @@ def wgrad_products(
             ("T", name),
             ("CHANNELS_LAST", int(g.channels_last)),
             ("BIAS", int(bias)),
-            ("ROWS", t.rows),
-            ("COLUMNS", t.columns),
-            ("DEPTH", t.depth),
-            ("ROW_WARPS", t.row_warps),
-            ("COLUMN_WARPS", t.column_warps),
-            ("BLOCKS", t.blocks),
-            ("STAGES", t.stages),
+            *wgrad_tile_defines(t),
             ("X_COPY", x_copy),
             ("DY_COPY", dy_copy),
             ("STRIDED", int(strided)),
@@ -159,6 +145,41 @@ def wgrad_products(
         ),
     )
     return with_reduce_of(sums, slabs, g.K, g.C, dtype, bias)
+
+
+def wgrad_tile(g: PointwiseGeometry, size: int, stages: int) -> WgradTile:
+    rows, columns = (64 if extent <= 64 else 128 for extent in (g.C, g.K))
+    return WgradTile(rows, columns, 64 if size == 2 else 32, 2, 4, 1, stages)
+
+
+def wgrad_tile_bytes(t: WgradTile, channels_last: bool, size: int, target: Target, others: int = 0) -> int:
+    """Shared memory of a block, with pitches as in cuda/pointwise_wgrad_tiles.cuh, and so many other bytes."""
+    pad = 8 if size == 2 or channels_last else 4
+    tile = t.depth * (t.rows + t.columns + 2 * pad) if channels_last else (t.rows + t.columns) * (t.depth + pad)
+    shared = size * t.stages * tile + others
+    if shared > target.shared_per_block - SHARED_RESERVE:
+        raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
+    return shared
+
+
+def wgrad_slabs(pixels: int, t: WgradTile, tiles: int, target: Target) -> tuple[int, int]:
+    """Pixels of a slab, and slabs: as many as fill the device twice, with so many tiles of dw."""
+    slab = -(-pixels // min(max(1, 2 * target.multiprocessors // tiles), MAX_GRID[1]))
+    slab = -(-slab // t.depth) * t.depth
+    return slab, -(-pixels // slab)
+
+
+def wgrad_tile_defines(t: WgradTile) -> tuple[tuple[str, int | str], ...]:
+    """The extents of a tile, as cuda/pointwise_wgrad_tiles.cuh has them."""
+    return (
+        ("ROWS", t.rows),
+        ("COLUMNS", t.columns),
+        ("DEPTH", t.depth),
+        ("ROW_WARPS", t.row_warps),
+        ("COLUMN_WARPS", t.column_warps),
+        ("BLOCKS", t.blocks),
+        ("STAGES", t.stages),
+    )
 
 
 def wgrad_direct(

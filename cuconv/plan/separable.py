@@ -7,7 +7,18 @@ from math import gcd
 
 from ..geometry import Conv2dGeometry, SeparableGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
-from .pointwise import Tile, pixels_parameters, require_countable, tile_bytes, tile_defines
+from .pointwise import (
+    Tile,
+    pixels_parameters,
+    require_countable,
+    tile_bytes,
+    tile_defines,
+    wgrad_slabs,
+    wgrad_tile,
+    wgrad_tile_bytes,
+    wgrad_tile_defines,
+)
+from .wgrad import WgradPlan, with_reduce_of
 
 # The depthwise part is unrolled over its taps.
 MAX_TAPS = 64
@@ -47,13 +58,9 @@ def fused(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target:
         raise Unsuitable(f"takes up to {MAX_GRID[1] * tile.channels} channels, and there are {pointwise.K}")
 
     widest = VECTOR_BYTES // size if aligned else 1
-    dense = depthwise.stride[1] == depthwise.dilation[1] == 1
     if pointwise.channels_last:
-        vector = strip = gcd(depthwise.C, widest) if depthwise.multiplier == 1 else 1
         store = gcd(pointwise.K, widest, tile.channels)
     else:
-        vector = gcd(depthwise.W, depthwise.Q, widest) if dense else 1
-        strip = vector
         store = gcd(pointwise.P * pointwise.Q, widest, tile.pixels)
     pixels = pointwise.N * pointwise.P * pointwise.Q
     tiles = -(-pixels // tile.pixels)
@@ -72,12 +79,7 @@ def fused(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target:
             ("STRIDED_OUTPUT", 0),
             ("TERMS", 2 if dtype == "float32" and not epilogue.allow_tf32 else 1),
             ("ACTIVATION", epilogue.pointwise_activation or "none"),
-            ("R", depthwise.R),
-            ("S", depthwise.S),
-            ("VECTOR", vector),
-            ("STRIP", strip),
-            ("LEFT", depthwise.padding[1][0] % vector),
-            ("DEPTHWISE_ACTIVATION", epilogue.depthwise_activation or "none"),
+            *middle_defines(depthwise, widest, epilogue.depthwise_activation),
         ),
         grid=(columns, rows, 1),
         block=threads,
@@ -89,6 +91,69 @@ def fused(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target:
             *middle_parameters(depthwise),
             *pixels_parameters(pointwise, "output", pointwise.K, of_x=False),
         ),
+    )
+
+
+def wgrad(
+    g: SeparableGeometry, dtype: str, bias: bool, epilogue: SeparableEpilogue, target: Target, aligned: bool
+) -> WgradPlan:
+    """The plans of cuda/separable_wgrad.cu, of (dy, x, depthwise w and bias, workspace), and of the sums of slabs;
+    aligned speaks of all arrays."""
+    depthwise, pointwise = g.depthwise, g.pointwise
+    name, size = DTYPES[dtype]
+    if target.architecture < 80:
+        raise Unsuitable("needs tensor cores of compute capability 8.0 or newer")
+    if dtype == "float64":
+        raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
+    if depthwise.R * depthwise.S > MAX_TAPS:
+        raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {depthwise.R} x {depthwise.S}")
+    require_countable(pointwise)
+    t = wgrad_tile(pointwise, size, stages=2)
+    taps_bytes = depthwise.K * depthwise.R * depthwise.S * _SUM_BYTES
+    shared = wgrad_tile_bytes(t, pointwise.channels_last, size, target, taps_bytes)
+    row_tiles, column_tiles = -(-pointwise.C // t.rows), -(-pointwise.K // t.columns)
+    pixels = pointwise.N * pointwise.P * pointwise.Q
+    slab, slabs = wgrad_slabs(pixels, t, row_tiles * column_tiles, target)
+    widest = VECTOR_BYTES // size if aligned else 1
+    sums = Plan(
+        source="separable_wgrad",
+        defines=(
+            ("T", name),
+            ("CHANNELS_LAST", int(pointwise.channels_last)),
+            ("BIAS", int(bias)),
+            *wgrad_tile_defines(t),
+            ("DY_COPY", gcd(pointwise.K if pointwise.channels_last else pointwise.P * pointwise.Q, widest)),
+            ("TERMS", 2 if dtype == "float32" and not epilogue.allow_tf32 else 1),
+            *middle_defines(depthwise, widest, epilogue.depthwise_activation),
+        ),
+        grid=(row_tiles * column_tiles, slabs, 1),
+        block=32 * t.row_warps * t.column_warps,
+        shared_bytes=shared,
+        parameters=(
+            ("pixels", pixels),
+            ("slab_pixels", slab),
+            ("K", pointwise.K),
+            ("row_tiles", row_tiles),
+            *middle_parameters(depthwise),
+            *pixels_parameters(pointwise, "dy", pointwise.K, of_x=False),
+        ),
+    )
+    return with_reduce_of(sums, slabs, pointwise.K, pointwise.C, dtype, bias)
+
+
+def middle_defines(g: Conv2dGeometry, widest: int, activation: str | None) -> tuple[tuple[str, int | str], ...]:
+    """The compile-time values of cuda/middle.cuh; loads are of so many elements at most."""
+    if g.channels_last:
+        vector = gcd(g.C, widest) if g.multiplier == 1 else 1
+    else:
+        vector = gcd(g.W, g.Q, widest) if g.stride[1] == g.dilation[1] == 1 else 1
+    return (
+        ("R", g.R),
+        ("S", g.S),
+        ("VECTOR", vector),
+        ("STRIP", vector),
+        ("LEFT", g.padding[1][0] % vector),
+        ("DEPTHWISE_ACTIVATION", activation or "none"),
     )
 
 
