@@ -83,7 +83,7 @@ def test_python_m_cuconv() -> None:
 
 def test_compile_prints_resources(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
-    few = tuple(case for case in REFERENCE_CASES if case.name in ("kb82", "kb86"))
+    few = tuple(case for case in REFERENCE_CASES if case.name == "kb86")
     monkeypatch.setattr(program, "REFERENCE_CASES", few)
     monkeypatch.setattr(program, "_FURTHER_GEOMETRIES", ())
     assert program.main(["compile", "--arch", "sm_90a"]) == 0

@@ -323,6 +323,9 @@ def test_a_forced_variant_that_cannot_run_says_why(device):
     x, w = device.array(X.astype(np.float64)), device.array(W.astype(np.float64))
     with plan.variant("products"), pytest.raises(ValueError, match=r"variant products.*float64 has 64"):
         cuconv.pointwise_conv2d(x, w)
+    few = device.array(X), device.array(W)
+    with plan.variant("products"), pytest.raises(ValueError, match=r"sums of 16 terms or more, and these have 3"):
+        cuconv.pointwise_conv2d(*few)
     with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs: this pass has products, direct"):
         cuconv.pointwise_conv2d(x, w)
     forget_kernels()
