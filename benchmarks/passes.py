@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cuconv import depthwise_conv2d, depthwise_conv2d_dgrad, depthwise_conv2d_wgrad, kernels, measure, plan
+from cuconv import depthwise_conv2d, depthwise_conv2d_dgrad, depthwise_conv2d_wgrad, errors, kernels, measure, plan
 from cuconv.cases import Case
 from cuconv.geometry import Conv2dGeometry
 
@@ -37,7 +37,7 @@ class Work:
 
     def check(self) -> float:
         for array in self.outputs[0]:
-            measure.poison(array)
+            errors.poison(array)
         self.launch(0)
         return self.error(self.inputs[0], self.outputs[0])
 
@@ -57,7 +57,7 @@ def depthwise_forward(case: Case, dtype: str, layout: str, timer: measure.Timer)
         outputs=ys,
         weights=(w,) if bias is None else (w, bias),
         run=lambda x, y: depthwise_conv2d(*x, w, bias, out=y[0], **case.options),
-        error=lambda x, y: measure.slice_error(*y, *x, w, bias, geometry),
+        error=lambda x, y: errors.slice_error(*y, *x, w, bias, geometry),
         kernel=_kernel(plan.depthwise_forward, geometry, (dtype,), layout, w),
         peers=peers.forward(case, xs, w, bias),
     )
@@ -72,7 +72,7 @@ def depthwise_dgrad(case: Case, dtype: str, layout: str, timer: measure.Timer) -
         outputs=dxs,
         weights=(w,),
         run=lambda dy, dx: depthwise_conv2d_dgrad(*dy, w, geometry.x_shape, out=dx[0], **case.options),
-        error=lambda dy, dx: measure.dgrad_slice_error(*dx, *dy, w, geometry),
+        error=lambda dy, dx: errors.dgrad_slice_error(*dx, *dy, w, geometry),
         kernel=_kernel(plan.depthwise_dgrad, geometry, (dtype,), layout, w),
         peers=peers.dgrad(case, dys, w),
     )
@@ -91,7 +91,7 @@ def depthwise_wgrad(case: Case, dtype: str, layout: str, timer: measure.Timer) -
         run=lambda read, out: depthwise_conv2d_wgrad(
             *read, geometry.w_shape, bias=case.bias, out=out if case.bias else out[0], **case.options
         ),
-        error=lambda read, out: measure.wgrad_slice_error(*(*out, None)[:2], *read, geometry),
+        error=lambda read, out: errors.wgrad_slice_error(*(*out, None)[:2], *read, geometry),
         kernel=_kernel(plan.depthwise_wgrad, geometry, (dtype, case.bias), layout, dw),
         peers=peers.wgrad(case, gradients),
     )

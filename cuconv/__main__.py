@@ -17,7 +17,7 @@ from types import ModuleType
 
 import numpy as np
 
-from . import __version__, depthwise_conv2d, kernels, measure, plan, reference
+from . import __version__, depthwise_conv2d, errors, kernels, measure, plan, reference
 from .cases import REFERENCE_CASES, Case
 from .geometry import Conv2dGeometry, pointwise_geometry
 from .plan import TARGETS, Plan, Target, Unsuitable
@@ -108,11 +108,11 @@ def _depthwise_row(case: Case, dtype: str, module: ModuleType, timer: measure.Ti
     def launch(_: int = 0) -> None:
         depthwise_conv2d(x, w, bias, out=y, **case.options)
 
-    measure.poison(y)
+    errors.poison(y)
     start = time.perf_counter()
     launch()
     milliseconds = (time.perf_counter() - start) * 1000
-    error = measure.slice_error(y, x, w, bias, geometry)
+    error = errors.slice_error(y, x, w, bias, geometry)
     cells = ["depthwise", case.name, str(case), dtype, "reference", f"{error:.3f}", f"{milliseconds:.1f}"]
     if timer is not None:
         milliseconds = timer.ms(launch, 1)
@@ -139,7 +139,7 @@ def _separable_row(case: Case) -> Row:
     milliseconds = (time.perf_counter() - start) * 1000
     ends = [0, K - 1]
     ends_bias = None if pointwise_bias is None else pointwise_bias[ends]
-    error = measure.separable_error(y[:, ends], x, w, bias, pointwise[ends], ends_bias, geometry)
+    error = errors.separable_error(y[:, ends], x, w, bias, pointwise[ends], ends_bias, geometry)
     return error, ["separable", case.name, str(case), "float32", "reference", f"{error:.3f}", f"{milliseconds:.1f}"]
 
 

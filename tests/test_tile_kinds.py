@@ -13,7 +13,7 @@ import oracle
 import pytest
 from geometries import numbers_of, random_dy
 
-from cuconv import kernels, measure
+from cuconv import errors, kernels
 from cuconv.geometry import depthwise_geometry
 from cuconv.plan import (
     channels_last,
@@ -433,10 +433,10 @@ def test_channels_last_mma(device, rng, turned, dtype, kernel):
         plan_of_tile = channels_last_mma.tile_plan(of_tile, dtype, tile, turned)
         if turned:
             dx = device.launch(plan_of_tile, dy, w, None, g.x_shape, "nhwc")
-            assert measure.dgrad_error(dx, dy, w, g) <= 1
+            assert errors.dgrad_error(dx, dy, w, g) <= 1
         else:
             y = device.launch(plan_of_tile, x, w, bias, g.y_shape, "nhwc")
-            assert measure.forward_error(y, x, w, bias, g) <= 1
+            assert errors.forward_error(y, x, w, bias, g) <= 1
 
 
 def test_channels_last_mma_meets_the_padding_with_weights_that_are_not_finite(device, rng):
@@ -447,4 +447,4 @@ def test_channels_last_mma_meets_the_padding_with_weights_that_are_not_finite(de
     for rows in (2, 7):
         tiles_of_rows = (tile for tile in channels_last_mma.tiles(g, device.target) if tile.rows == rows)
         y = device.launch(channels_last_mma.tile_plan(g, "float16", next(tiles_of_rows)), x, w, bias, g.y_shape, "nhwc")
-        assert measure.forward_error(y, x, w, bias, g) <= 1
+        assert errors.forward_error(y, x, w, bias, g) <= 1
