@@ -10,16 +10,17 @@ import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from . import __version__, depthwise_conv2d, errors, kernels, measure, plan, reference
+from . import __version__, depthwise_conv2d, errors, kernels, measure, plan, separable_conv2d
 from .cases import REFERENCE_CASES, Case
-from .geometry import Conv2dGeometry, pointwise_geometry
+from .geometry import Conv2dGeometry, SeparableGeometry
 from .plan import TARGETS, Plan, Target, Unsuitable
 
 _PACKAGES = ("numpy", "cupy", "ml_dtypes", "torch", "jax")
@@ -74,73 +75,67 @@ Row = tuple[float, list[str]]
 
 def _rows_on_cpu(cases: Sequence[Case]) -> Iterator[Row]:
     for case in cases:
-        case = replace(case, N=1)
-        yield _separable_row(case) if case.K else _depthwise_row(case, "float32", np, None)
+        yield _row(replace(case, N=1), "float32", np, None)
 
 
 def _rows_on_gpu(cases: Sequence[Case], cupy: ModuleType) -> Iterator[Row]:
     dtypes = ["float32", "float16"] + ["bfloat16"] * (importlib.util.find_spec("ml_dtypes") is not None)
     with measure.Timer() as timer:
-        for case in cases:
-            if case.K:
-                yield _separable_row(replace(case, N=1))
-                continue
-            for dtype in dtypes:
-                yield _depthwise_row(_fitting(case, cupy), dtype, cupy, timer)
-                cupy.get_default_memory_pool().free_all_blocks()
+        for case, dtype in product(cases, dtypes):
+            yield _row(_fitting(case, cupy), dtype, cupy, timer)
+            cupy.get_default_memory_pool().free_all_blocks()
 
 
 def _fitting(case: Case, cupy: ModuleType) -> Case:
     """The case with as many of its images as the GPU's free memory holds, thrice in float32."""
     free = cupy.cuda.runtime.memGetInfo()[0]
     g = case.geometry
-    image = 4 * max(g.x_size, g.y_size) // g.N
+    image = 4 * max(g.x_size, g.y_size, case.separable.pointwise.y_size if case.K else 0) // g.N
     return replace(case, N=max(1, min(case.N, free // (3 * image))))
 
 
-def _depthwise_row(case: Case, dtype: str, module: ModuleType, timer: measure.Timer | None) -> Row:
+def _row(case: Case, dtype: str, module: ModuleType, timer: measure.Timer | None) -> Row:
     """Compute, check and time one case, its output poisoned before."""
-    geometry = case.geometry
     x, w = (measure.random_array(shape, dtype, seed, module) for seed, shape in enumerate(case.shapes))
     bias = measure.random_array((case.C,), dtype, 2, module) if case.bias else None
+    inputs: tuple[Any, ...] = (x, w, bias)
+    geometry: Conv2dGeometry | SeparableGeometry = case.geometry
+    convolve: Callable[..., Any] = depthwise_conv2d
+    error_of: Callable[..., float] = errors.slice_error
+    if case.K is not None:
+        pointwise = measure.random_array((case.K, case.C), dtype, 3, module)
+        pointwise_bias = measure.random_array((case.K,), dtype, 4, module) if case.bias else None
+        inputs, geometry = (x, w, pointwise, bias, pointwise_bias), case.separable
+        convolve, error_of = separable_conv2d, errors.separable_slice_error
     y = module.empty(geometry.y_shape, x.dtype)
 
     def launch(_: int = 0) -> None:
-        depthwise_conv2d(x, w, bias, out=y, **case.options)
+        convolve(*inputs, out=y, **case.options)
 
     errors.poison(y)
     start = time.perf_counter()
     launch()
     milliseconds = (time.perf_counter() - start) * 1000
-    error = errors.slice_error(y, x, w, bias, geometry)
-    cells = ["depthwise", case.name, str(case), dtype, "reference", f"{error:.3f}", f"{milliseconds:.1f}"]
+    error = error_of(y, *inputs, geometry)
+    cells = [case.operator, case.name, str(case), dtype, "reference", f"{error:.3f}", f"{milliseconds:.1f}"]
     if timer is not None:
         milliseconds = timer.ms(launch, 1)
-        floor = measure.floor_ms(sum(a.nbytes for a in (x, w, bias, y) if a is not None), timer.copy_bandwidth)
-        chosen = plan.depthwise_forward(geometry, dtype, kernels.target(module.cuda.Device().id))
-        cells[4:] = [chosen.source, f"{error:.3f}", f"{milliseconds:.3f}", f"{100 * floor / milliseconds:.1f}"]
+        floor = measure.floor_ms(sum(a.nbytes for a in (*inputs, y) if a is not None), timer.copy_bandwidth)
+        by = _kernels_of(case, dtype, kernels.target(module.cuda.Device().id))
+        cells[4:] = [by, f"{error:.3f}", f"{milliseconds:.3f}", f"{100 * floor / milliseconds:.1f}"]
     return error, cells
 
 
-def _separable_row(case: Case) -> Row:
-    """Depthwise, then pointwise: what the operator will have to give, by the reference alone."""
-    geometry, K = case.geometry, case.K or 0
-    x, w = (measure.random_array(shape, "float32", seed) for seed, shape in enumerate(case.shapes))
-    pointwise = measure.random_array((K, case.C), "float32", 3)
-    bias = measure.random_array((case.C,), "float32", 2) if case.bias else None
-    pointwise_bias = measure.random_array((K,), "float32", 4) if case.bias else None
-    start = time.perf_counter()
-    wide_bias = None if bias is None else bias.astype(np.float64)
-    middle = reference.depthwise_conv2d(x.astype(np.float64), w.astype(np.float64), wide_bias, geometry)
-    total = pointwise.astype(np.float64) @ middle.reshape(case.N, case.C, -1)
-    if pointwise_bias is not None:
-        total += pointwise_bias.reshape(-1, 1)
-    y = total.astype(np.float32).reshape(case.N, K, geometry.P, geometry.Q)
-    milliseconds = (time.perf_counter() - start) * 1000
-    ends = [0, K - 1]
-    ends_bias = None if pointwise_bias is None else pointwise_bias[ends]
-    error = errors.separable_error(y[:, ends], x, w, bias, pointwise[ends], ends_bias, geometry)
-    return error, ["separable", case.name, str(case), "float32", "reference", f"{error:.3f}", f"{milliseconds:.1f}"]
+def _kernels_of(case: Case, dtype: str, target: Target) -> str:
+    """What a forward call of the case launches."""
+    if case.K is None:
+        return plan.depthwise_forward(case.geometry, dtype, target).source
+    fused = plan.separable_conv(case.separable, dtype, plan.SeparableEpilogue(), target)
+    if fused is not None:
+        return fused.source
+    depthwise = plan.depthwise_forward(case.geometry, dtype, target)
+    pointwise = plan.pointwise_conv(case.separable.pointwise, dtype, False, plan.Epilogue(), target)
+    return f"{depthwise.source}, {pointwise.source}"
 
 
 def compile_variants(architecture: str | None) -> int:
@@ -212,8 +207,7 @@ def _passes(geometry: Conv2dGeometry, dtype: str, target: Target, variant: str) 
 
 def _pointwise_passes(case: Case, last: bool, dtype: str, target: Target, variant: str) -> Iterator[Plan]:
     """Likewise, of the pointwise part of a separable case."""
-    g = case.geometry
-    pointwise = pointwise_geometry((g.N, g.K, g.P, g.Q), (case.K, g.K), channels_last=last)
+    pointwise = replace(case.separable.pointwise, channels_last=last)
     for turned in (False, True):
         with contextlib.suppress(Unsuitable):
             yield plan.pointwise_conv(pointwise, dtype, turned, plan.Epilogue(), target, variant)

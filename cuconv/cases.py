@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .geometry import Conv2dGeometry, Pair, depthwise_geometry
+from .geometry import Conv2dGeometry, Pair, SeparableGeometry, depthwise_geometry, separable_geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,7 @@ class Case:
     """One convolution: x (N, C, H, W), depthwise kernel R x S, with or without bias.
 
     stride, padding and dilation are what the public functions take. K, where it is given, is the number of output
-    channels of the pointwise convolution that follows: a separable case.
+    channels of the pointwise convolution that follows: a separable case or, with a kernel of one tap, a pointwise one.
     """
 
     name: str
@@ -35,9 +35,20 @@ class Case:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
     @property
+    def operator(self) -> str:
+        if self.K is None:
+            return "depthwise"
+        return "pointwise" if self.R == self.S == 1 else "separable"
+
+    @property
     def geometry(self) -> Conv2dGeometry:
         """The geometry of the depthwise part."""
         return depthwise_geometry(*self.shapes, **self.options)
+
+    @property
+    def separable(self) -> SeparableGeometry:
+        """The geometry of both parts of a case that has a K."""
+        return separable_geometry(*self.shapes, (self.K, self.C), **self.options)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -46,7 +57,8 @@ class Case:
 
     def __str__(self) -> str:
         channels = f"{self.C}" if self.K is None else f"{self.C}->{self.K}"
-        return f"{self.N},{channels},{self.H},{self.W} {self.R}x{self.S}"
+        kernel = "" if self.operator == "pointwise" else f" {self.R}x{self.S}"
+        return f"{self.N},{channels},{self.H},{self.W}{kernel}"
 
 
 def without_and_with_bias(*cases: Case) -> tuple[Case, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .geometry import Conv2dGeometry
+from .geometry import Conv2dGeometry, PointwiseGeometry, SeparableGeometry, depthwise_geometry
 
 Array = np.ndarray[Any, Any]
 
@@ -60,28 +60,6 @@ def wgrad_error(dw: Array, dbias: Array | None, dy: Array, x: Array, geometry: C
         return error
     exact, magnitude = (of(_wide(dy)).sum(axis=(0, 2, 3)) for of in (np.asarray, np.abs))
     return max(error, _fraction_of_bound(dbias, exact, magnitude, terms))
-
-
-def separable_error(
-    y: Array,
-    x: Array,
-    w: Array,
-    bias: Array | None,
-    pointwise: Array,
-    pointwise_bias: Array | None,
-    geometry: Conv2dGeometry,
-) -> float:
-    """As forward_error, for a depthwise and then a pointwise convolution, of which nothing is rounded in between.
-
-    pointwise (K, C*M) and pointwise_bias (K,) may be some rows of the whole, as long as y has only their channels. The
-    length of a sum is that of both parts, one after the other.
-    """
-    exact, magnitude = (
-        np.einsum("kc,ncpq->nkpq", of(_wide(pointwise)), _depthwise(x, w, bias, geometry, of))
-        + (0 if pointwise_bias is None else of(_wide(pointwise_bias)).reshape(-1, 1, 1))
-        for of in (np.asarray, np.abs)
-    )
-    return _fraction_of_bound(y, exact, magnitude, geometry.R * geometry.S + geometry.K + 1)
 
 
 def _depthwise(x: Array, w: Array, bias: Array | None, g: Conv2dGeometry, of: Callable[[Array], Array]) -> Array:
@@ -145,7 +123,8 @@ def _windows(x: Array, g: Conv2dGeometry) -> Array:
     return windows[:, :, :: g.stride[0], :: g.stride[1], :: g.dilation[0], :: g.dilation[1]]
 
 
-def _fraction_of_bound(y: Array, exact: Array, magnitude: Array, taps: int) -> float:
+def _fraction_of_bound(y: Array, exact: Array, magnitude: Array, taps: int, slack: Array | float = 0) -> float:
+    """slack is what may be added to the bound: for what the terms themselves are off by."""
     if y.shape != exact.shape:
         raise ValueError(f"y must have the result's shape, {exact.shape}, and has {y.shape}")
     if not y.size:
@@ -154,7 +133,7 @@ def _fraction_of_bound(y: Array, exact: Array, magnitude: Array, taps: int) -> f
     sum_unit, sum_tiny = _ROUNDING["float64" if y.dtype == np.float64 else "float32"]
     values = _wide(y)
     with np.errstate(all="ignore"):
-        bound = unit * np.abs(exact) + tiny + (taps + 1) * (sum_unit * magnitude + sum_tiny)
+        bound = unit * np.abs(exact) + tiny + (taps + 1) * (sum_unit * magnitude + sum_tiny) + slack
         error = np.abs(values - exact) / bound
         # Equal infinities (an overflow too) and NaNs in the same place are right; any other is found below.
         rounded = _wide(exact.astype(y.dtype))
@@ -209,16 +188,12 @@ def wgrad_slice_error(dw: Any, dbias: Any, dy: Any, x: Any, geometry: Conv2dGeom
     g = geometry
     if unwritten(dw) or (dbias is not None and unwritten(dbias)):
         return float("inf")
-    channels = _some_channels(g)
+    channels = _some(g.C)
     of_k = [c * g.multiplier + m for c in channels for m in range(g.multiplier)]
     some_dy, some_x = (np.stack([_host(array[:, c]) for c in of], axis=1) for array, of in ((dy, of_k), (x, channels)))
     some_dw, some_dbias = _host(dw)[of_k], None if dbias is None else _host(dbias)[of_k]
     some = replace(g, C=len(channels), K=len(of_k), channels_last=False)
     return wgrad_error(some_dw, some_dbias, some_dy, some_x, some)
-
-
-def _some_channels(g: Conv2dGeometry) -> list[int]:
-    return sorted({0, g.C // 3, g.C // 2, g.C - 1})
 
 
 def _slice_error(
@@ -227,8 +202,8 @@ def _slice_error(
     """activations are the result and the input, of all images; weights, or None in their place, belong to channels."""
     if unwritten(activations[0]):
         return float("inf")
-    images = sorted({0, g.N - 1})
-    channels = _some_channels(g)
+    images = _ends(g.N)
+    channels = _some(g.C)
 
     def some(array: Any) -> Array:
         """Of an array whose first axis is that of channels, input or output; fetched one by one, no copy made there."""
@@ -244,3 +219,189 @@ def _slice_error(
 
 def _host(array: Any) -> Array:
     return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+# Pointwise and separable: sums over channels, so that all channels are looked at, in some rows.
+
+# Products of TF32 have factors that are rounded to 11 bits each.
+_TF32 = 2.0**-10
+# Tensor cores add up some terms at a time, cut off where the largest ends.
+_EXTRA_TERMS = 16
+
+
+def pointwise_slice_error(y: Any, x: Any, w: Any, bias: Any, geometry: PointwiseGeometry, tf32: bool = False) -> float:
+    """As slice_error, for a pointwise convolution, at the first, two middle and the last output channels, in the first,
+    a middle and the last row of the first and the last image. tf32: whether factors may be rounded to it.
+
+    x (N, C, H, W), w (K, C) or (K, C, 1, 1), bias (K,), y (N, K, P, Q). dgrad is the same of dy and the transposed w.
+    """
+    if unwritten(y):
+        return float("inf")
+    g = geometry
+    of_k = _some(g.K)
+    matrix = _wide(_host(w)).reshape(g.K, g.C)[of_k]
+    added = np.zeros(len(of_k)) if bias is None else _wide(_host(bias))[of_k]
+    error = 0.0
+    for n in _ends(g.N):
+        for p in _some(g.P):
+            read = _wide(_host(x[n, :, p * g.stride[0], :: g.stride[1]]))
+            exact, magnitude = (of(matrix) @ of(read) + of(added)[:, None] for of in (np.asarray, np.abs))
+            made = np.stack([_host(y[n, k, p]) for k in of_k])
+            slack = _TF32 * magnitude if tf32 else 0.0
+            error = max(error, _fraction_of_bound(made, exact, magnitude, g.C + _EXTRA_TERMS, slack))
+    return error
+
+
+def pointwise_wgrad_slice_error(dw: Any, dbias: Any, dy: Any, x: Any, tf32: bool = False) -> float:
+    """Likewise, for dw (K, C) or (K, C, 1, 1) and dbias (K,) or None, of dy (N, K, P, Q) and x (N, C, P, Q): at four
+    channels of each, all images."""
+    if unwritten(dw) or (dbias is not None and unwritten(dbias)):
+        return float("inf")
+    of_k, of_c = _some(dy.shape[1]), _some(x.shape[1])
+    read_dy, read_x = (np.stack([_wide(_host(a[:, i])) for i in of]) for a, of in ((dy, of_k), (x, of_c)))
+    made = _host(dw).reshape(dy.shape[1], x.shape[1])[np.ix_(of_k, of_c)]
+    return max(
+        _matrix_error(made, read_dy, read_x, tf32),
+        0.0 if dbias is None else _row_sums_error(_host(dbias)[of_k], read_dy),
+    )
+
+
+def separable_slice_error(
+    y: Any, x: Any, w: Any, pointwise: Any, bias: Any, pointwise_bias: Any, g: SeparableGeometry, tf32: bool = False
+) -> float:
+    """As pointwise_slice_error, for a separable convolution, whose middle is rounded once to the dtype of x."""
+    if unwritten(y):
+        return float("inf")
+    of_k = _some(g.pointwise.K)
+    matrix = _wide(_host(pointwise)).reshape(g.pointwise.K, g.pointwise.C)[of_k]
+    added = np.zeros(len(of_k)) if pointwise_bias is None else _wide(_host(pointwise_bias))[of_k]
+    error = 0.0
+    for n in _ends(g.pointwise.N):
+        for p in _some(g.pointwise.P):
+            middle, off = _middle_row(x[n], w, bias, g.depthwise, p)
+            exact = matrix @ middle + added[:, None]
+            magnitude = np.abs(matrix) @ (np.abs(middle) + off) + np.abs(added)[:, None]
+            slack = np.abs(matrix) @ off + (_TF32 * magnitude if tf32 else 0.0)
+            made = np.stack([_host(y[n, k, p]) for k in of_k])
+            error = max(error, _fraction_of_bound(made, exact, magnitude, g.pointwise.C + _EXTRA_TERMS, slack))
+    return error
+
+
+def separable_gradients_slice_error(
+    gradients: Any, dy: Any, x: Any, w: Any, pointwise: Any, bias: Any, g: SeparableGeometry, tf32: bool = False
+) -> float:
+    """Likewise, for the gradients of x, both weights and both biases (or None), in this order, without activations:
+    that of x in some rows of some channels, those of weights and biases at some channels."""
+    dx, dw, dpointwise, dbias, dpointwise_bias = gradients
+    if any(a is not None and unwritten(a) for a in gradients):
+        return float("inf")
+    d = g.depthwise
+    unit = _ROUNDING[x.dtype.name][0]
+    of_c, of_k = _ends(d.C), _some(g.pointwise.K)
+    of_m = [c * d.multiplier + m for c in of_c for m in range(d.multiplier)]
+    matrix = _wide(_host(pointwise)).reshape(g.pointwise.K, d.K)[:, of_m].T
+    weights = _wide(_host(w))[of_m]
+    # What rounding does to a gradient of the middle, of the magnitude of its terms.
+    per_term = unit + (g.pointwise.K + _EXTRA_TERMS) * _ROUNDING["float32"][0] + (_TF32 if tf32 else 0.0)
+    error = 0.0
+    for n in _ends(d.N):
+        for h in _some(d.H):
+            exact, magnitude = (_dx_row(of, dy[n], weights, matrix, d, h, len(of_c)) for of in (np.asarray, np.abs))
+            made = np.stack([_host(dx[n, c, h]) for c in of_c])
+            error = max(error, _fraction_of_bound(made, exact, magnitude, weights[0].size, per_term * magnitude))
+
+    some_x = np.stack([_host(x[:, c]) for c in of_c], axis=1)
+    some = replace(d, C=len(of_c), K=len(of_m), channels_last=False)
+    some_bias = None if bias is None else _host(bias)[of_m]
+    middle, terms = (_depthwise(some_x, _host(w)[of_m], some_bias, some, of) for of in (np.asarray, np.abs))
+    off = 2 * unit * np.abs(middle) + (d.R * d.S + 1) * _ROUNDING["float32"][0] * terms
+    some_dy = np.stack([_wide(_host(dy[:, k])) for k in of_k])
+    error = max(
+        error,
+        _matrix_error(
+            _host(dpointwise).reshape(-1, d.K)[np.ix_(of_k, of_m)], some_dy, middle.swapaxes(0, 1), tf32, off
+        ),
+    )
+    if dpointwise_bias is not None:
+        error = max(error, _row_sums_error(_host(dpointwise_bias)[of_k], some_dy))
+
+    dmiddle, magnitude = (
+        np.stack([_weighted_sum(of, dy, row) for row in matrix], axis=1) for of in (np.asarray, np.abs)
+    )
+    exact = _depthwise_wgrad(dmiddle, some_x, some, np.asarray)
+    terms = _depthwise_wgrad(magnitude, some_x, some, np.abs)
+    sums = d.N * d.P * d.Q
+    error = max(error, _fraction_of_bound(_host(dw)[of_m], exact, terms, sums, per_term * terms))
+    if dbias is not None:
+        exact, terms = dmiddle.sum(axis=(0, 2, 3)), magnitude.sum(axis=(0, 2, 3))
+        error = max(error, _fraction_of_bound(_host(dbias)[of_m], exact, terms, sums, per_term * terms))
+    return error
+
+
+def _middle_row(x: Any, w: Any, bias: Any, g: Conv2dGeometry, p: int) -> tuple[Array, Array]:
+    """Row p of the depthwise part of one image, (C*M, Q), and by how much its rounded values may be off."""
+    rows = np.zeros((1, g.C, g.R, g.W), x.dtype)
+    for r in range(g.R):
+        h = p * g.stride[0] - g.padding[0][0] + r * g.dilation[0]
+        if 0 <= h < g.H:
+            rows[0, :, r] = _host(x[:, h])
+    one = depthwise_geometry(
+        rows.shape, g.w_shape, stride=(1, g.stride[1]), padding=((0, 0), g.padding[1]), dilation=(1, g.dilation[1])
+    )
+    bias = None if bias is None else _host(bias)
+    middle, magnitude = (_depthwise(rows, _host(w), bias, one, of)[0, :, 0] for of in (np.asarray, np.abs))
+    sums = _ROUNDING["float64" if x.dtype == np.float64 else "float32"][0]
+    return middle, 2 * _ROUNDING[x.dtype.name][0] * np.abs(middle) + (g.R * g.S + 1) * sums * magnitude
+
+
+def _dx_row(
+    of: Callable[[Array], Array], dy: Any, w: Array, matrix: Array, g: Conv2dGeometry, h: int, channels: int
+) -> Array:
+    """Row h of the gradient of x of one image, (channels, W), of w (channels*M, 1, R, S) and matrix (channels*M, K)."""
+    total = np.zeros((channels, g.W))
+    one = depthwise_geometry(
+        (1, channels, 1, g.W),
+        (len(w), 1, 1, g.S),
+        stride=(1, g.stride[1]),
+        padding=((0, 0), g.padding[1]),
+        dilation=(1, g.dilation[1]),
+    )
+    for r in range(g.R):
+        p, between = divmod(h + g.padding[0][0] - r * g.dilation[0], g.stride[0])
+        if between == 0 and 0 <= p < g.P:
+            dmiddle = of(matrix) @ of(_wide(_host(dy[:, p])))
+            total += _depthwise_dgrad(dmiddle[None, :, None], w[:, :, r : r + 1], one, of)[0, :, 0]
+    return total
+
+
+def _weighted_sum(of: Callable[[Array], Array], dy: Any, weights: Array) -> Array:
+    """Over the channels of dy, (N, P, Q), added up where dy is."""
+    total: Any = 0.0
+    for k, weight in enumerate(weights):
+        total = total + float(of(weight)) * of(dy[:, k].astype(np.float64))
+    return _host(total)
+
+
+def _matrix_error(dw: Array, dy: Array, x: Array, tf32: bool, off: Array | float = 0.0) -> float:
+    """Of dw (K, C), summed over all but the first axis of dy (K, ...) and x (C, ...); x may be off by so much."""
+    terms = dy[0].size
+    dy, x = dy.reshape(len(dy), -1), x.reshape(len(x), -1)
+    exact, magnitude = (of(dy) @ of(x).T for of in (np.asarray, np.abs))
+    slack: Array | float = _TF32 * magnitude if tf32 else 0.0
+    if isinstance(off, np.ndarray):
+        slack = slack + np.abs(dy) @ off.swapaxes(0, 1).reshape(len(x), -1).T
+    return _fraction_of_bound(dw, exact, magnitude, terms + _EXTRA_TERMS, slack)
+
+
+def _row_sums_error(dbias: Array, dy: Array) -> float:
+    """Of dbias (K,), summed over all but the first axis of dy."""
+    exact, magnitude = (of(dy).reshape(len(dy), -1).sum(axis=1) for of in (np.asarray, np.abs))
+    return _fraction_of_bound(dbias, exact, magnitude, dy[0].size + _EXTRA_TERMS)
+
+
+def _some(extent: int) -> list[int]:
+    return sorted({0, extent // 3, extent // 2, extent - 1})
+
+
+def _ends(extent: int) -> list[int]:
+    return sorted({0, extent - 1})

@@ -9,9 +9,23 @@ import oracle
 import pytest
 import torch
 
-from cuconv import depthwise_conv2d, errors, measure, reference
+from cuconv import (
+    depthwise_conv2d,
+    errors,
+    measure,
+    pointwise_conv2d,
+    pointwise_conv2d_wgrad,
+    reference,
+    separable_conv2d,
+)
 from cuconv.cases import Case
-from cuconv.geometry import Conv2dGeometry, depthwise_geometry
+from cuconv.geometry import (
+    Conv2dGeometry,
+    SeparableGeometry,
+    depthwise_geometry,
+    pointwise_geometry,
+    separable_geometry,
+)
 
 CASE = Case("", 2, 5, 23, 31, 3, 5, stride=(2, 1), padding=(1, 3), dilation=(1, 2), bias=True)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -263,17 +277,101 @@ def test_dgrad_slice_error_asks_for_every_element() -> None:
     assert errors.dgrad_slice_error(dx, dy, w, geometry) == np.inf
 
 
-def test_separable_error() -> None:
-    x, w, bias, geometry = problem("float32")
-    pointwise = measure.random_array((7, CASE.C), "float32", 3)
-    outer = measure.random_array((7,), "float32", 4)
-    middle = depthwise_conv2d(*(a.astype(np.float64) for a in (x, w, bias)), **CASE.options)
-    y = np.einsum("kc,ncpq->nkpq", pointwise, middle) + outer.reshape(-1, 1, 1)
-    y = y.astype(np.float32)
-    some = [0, 6]
-    assert errors.separable_error(y[:, some], x, w, bias, pointwise[some], outer[some], geometry) <= 1
-    assert errors.separable_error(y[:, some], x, w, bias, pointwise[[0, 5]], outer[some], geometry) > 1
-    assert errors.separable_error(y[:, some], x, w, bias, pointwise[some], None, geometry) > 1
+def pointwise_problem(dtype: str) -> tuple[np.ndarray, ...]:
+    x = measure.random_array((3, 20, 7, 9), dtype, 0)
+    w, bias = measure.random_array((10, 20, 1, 1), dtype, 1), measure.random_array((10,), dtype, 2)
+    return pointwise_conv2d(x, w, bias, stride=(2, 1)), x, w, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pointwise_slice_error(dtype: str) -> None:
+    y, x, w, bias = pointwise_problem(dtype)
+    g = pointwise_geometry(x.shape, w.shape, stride=(2, 1))
+    assert 0 < errors.pointwise_slice_error(y, x, w, bias, g) <= 1
+    assert errors.pointwise_slice_error(y, x, w, None, g) > 1
+    for n, k, p in ((0, 0, 0), (-1, -1, -1), (0, 3, 1)):
+        wrong = y.copy()
+        wrong[n, k, p, -1] += wrong.dtype.type(0.5)
+        assert errors.pointwise_slice_error(wrong, x, w, bias, g) > 1
+    weights = w.copy()
+    weights[9, 17] *= w.dtype.type(1.1)
+    assert errors.pointwise_slice_error(pointwise_conv2d(x, weights, bias, stride=(2, 1)), x, w, bias, g) > 1
+    errors.poison(y[0, 4, 2:3])  # a channel of which no value is looked at
+    assert errors.pointwise_slice_error(y, x, w, bias, g) == np.inf
+
+
+def as_tf32(array: np.ndarray) -> np.ndarray:
+    """float32 cut off after 10 bits of the fraction."""
+    return (array.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_tf32_is_told_from_float32() -> None:
+    _, x, w, bias = pointwise_problem("float32")
+    g = pointwise_geometry(x.shape, w.shape, stride=(2, 1))
+    rough = pointwise_conv2d(as_tf32(x * (1 + 2.0**-11)), as_tf32(w * (1 + 2.0**-11)), bias, stride=(2, 1))
+    assert errors.pointwise_slice_error(rough, x, w, bias, g) > 1
+    assert 0 < errors.pointwise_slice_error(rough, x, w, bias, g, tf32=True) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pointwise_wgrad_slice_error(dtype: str) -> None:
+    _, x, w, _ = pointwise_problem(dtype)
+    dy = measure.random_array((3, 10, 7, 9), dtype, 3)
+    dw, dbias = pointwise_conv2d_wgrad(dy, x, w.shape, bias=True)
+    assert 0 < errors.pointwise_wgrad_slice_error(dw, dbias, dy, x) <= 1
+    assert errors.pointwise_wgrad_slice_error(dw, dbias, dy[:, ::-1], x) > 1
+    assert errors.pointwise_wgrad_slice_error(dw, dbias * dbias.dtype.type(1.1), dy, x) > 1
+    assert errors.pointwise_wgrad_slice_error(dw.swapaxes(0, 1).reshape(dw.shape), None, dy, x) > 1
+    errors.poison(dw[1:2])
+    assert errors.pointwise_wgrad_slice_error(dw, dbias, dy, x) == np.inf
+
+
+# Strides, dilations and multipliers of both axes, and padding that rows at the ends meet.
+SEPARABLE_CASES = {
+    "stride": ((2, 4, 9, 11), (4, 1, 3, 2), {"stride": (2, 1), "padding": (1, 2)}),
+    "multiplier": ((3, 5, 8, 7), (10, 1, 2, 3), {"padding": ((0, 1), (2, 0)), "dilation": (1, 2)}),
+    "plain": ((1, 6, 6, 6), (6, 1, 3, 3), {}),
+}
+
+
+def separable_problem(name: str, dtype: str) -> tuple[list[np.ndarray], dict, SeparableGeometry]:
+    x_shape, w_shape, options = SEPARABLE_CASES[name]
+    shapes = (x_shape, w_shape, (7, w_shape[0]), (w_shape[0],), (7,))
+    arrays = [measure.random_array(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    return arrays, options, separable_geometry(*shapes[:3], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SEPARABLE_CASES)
+def test_separable_slice_error(name: str, dtype: str) -> None:
+    arrays, options, g = separable_problem(name, dtype)
+    y = separable_conv2d(*arrays, **options)
+    assert 0 < errors.separable_slice_error(y, *arrays, g) <= 1
+    assert errors.separable_slice_error(y, *arrays[:3], None, arrays[4], g) > 1
+    assert errors.separable_slice_error(y, *arrays[:4], None, g) > 1
+    x, w = arrays[0], arrays[1].copy()
+    w[-1, 0, -1, -1] *= w.dtype.type(1.5)
+    assert errors.separable_slice_error(separable_conv2d(x, w, *arrays[2:], **options), *arrays, g) > 1
+    errors.poison(y[0, 1, 2:3])  # a channel of which no value is looked at
+    assert errors.separable_slice_error(y, *arrays, g) == np.inf
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", SEPARABLE_CASES)
+def test_separable_gradients_slice_error(name: str, dtype: str) -> None:
+    arrays, _, g = separable_problem(name, dtype)
+    dy = measure.random_array(g.y_shape, dtype, 5)
+    every = frozenset(("x", "depthwise_w", "pointwise_w", "depthwise_bias", "pointwise_bias"))
+    gradients = list(reference.separable_conv2d_backward(dy, *arrays, g, None, None, every))
+    given = dy, *arrays[:4], g
+    assert 0 < errors.separable_gradients_slice_error(gradients, *given) <= 1
+    for i, gradient in enumerate(gradients):
+        wrong = [*gradients]
+        wrong[i] = gradient * gradient.dtype.type(1.5)
+        assert errors.separable_gradients_slice_error(wrong, *given) > 1
+        errors.poison(wrong[i])
+        assert errors.separable_gradients_slice_error(wrong, *given) == np.inf
+    assert 0 < errors.separable_gradients_slice_error([*gradients[:3], None, None], *given) <= 1
 
 
 WGRAD_CASES = {
