@@ -20,8 +20,8 @@ from cuconv import measure, plan
 from cuconv.cases import Case
 
 from . import calls, peers, report
-from .cases import CASE_NAMES, DTYPES, LAYOUTS, selected
-from .passes import PASSES, has_pass
+from .cases import CASE_NAMES, DTYPES, LAYOUTS, dtype_of, selected
+from .passes import PASSES, Work, has_pass
 
 _PACKAGES = ("cuconv", "numpy", "cupy", "ml_dtypes", "torch", "jax")
 _QUICK_CASES = ("kb82", "mbv1_14", "b1_14")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.cases, options.dtypes = options.cases or list(_QUICK_CASES), options.dtypes or ["float32"]
         options.peers = False
     cases = selected(options.cases or CASE_NAMES, options.dtypes or list(DTYPES))
-    todo = to_measure(options.passes, cases, options.layouts)
+    todo = to_measure(options.operators, options.passes, cases, options.layouts)
     result = run(todo, peers.NAMES if options.peers else (), options.variant, options.peer_seconds)
     if options.calls:
         result["calls"] = {"first": calls.first_calls(), "host_us": calls.host_us()}
@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cases", nargs="+", metavar="CASE", choices=CASE_NAMES, help=f"of {cases}; a name brings its +bias along")
     add("--dtypes", nargs="+", choices=DTYPES)
+    operators = list(dict.fromkeys(op for op, _ in PASSES))
+    add("--operators", nargs="+", choices=operators, default=operators)
     add("--passes", nargs="+", choices=passes, default=passes)
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the arrays in memory")
     add("--variant", choices=plan.VARIANTS, help="force a kernel; what it cannot run is left out")
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peer-seconds",
         type=float,
         default=120,
-        help="time JAX and torch.compile until each took that long in a pass, compiling included",
+        help="time JAX and torch.compile until each took that long in a pass of an operator, compiling included",
     )
     add("--calls", action="store_true", help="time first calls and the host's part of every call, too")
     add("--add", action="store_true", help="to results of the same sources, such as those of the other passes")
@@ -83,14 +85,16 @@ def _parser() -> argparse.ArgumentParser:
 Todo = tuple[str, str, Case, str, str]
 
 
-def to_measure(passes: Sequence[str], cases: Sequence[tuple[Case, str]], layouts: Sequence[str]) -> list[Todo]:
-    """Every (case, dtype) in each of the passes, where it has a result of its own, and layouts."""
+def to_measure(
+    operators: Sequence[str], passes: Sequence[str], cases: Sequence[tuple[Case, str]], layouts: Sequence[str]
+) -> list[Todo]:
+    """Every (case, dtype) in each of its operator's passes, where it has a result of its own, and layouts."""
     return [
         (op, name, case, dtype, layout)
         for op, name in PASSES
-        if name in passes
+        if op in operators and name in passes
         for case, dtype in cases
-        if has_pass(case, name)
+        if case.operator == op and has_pass(case, name)
         for layout in layouts
     ]
 
@@ -99,7 +103,7 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
     """Measure every (operator, pass, case, dtype, layout) on the current GPU."""
     from tqdm import tqdm
 
-    budgets = {name: peers.budgets(peer_names, peer_seconds) for _, name, *_ in todo}
+    budgets = {(op, name): peers.budgets(peer_names, peer_seconds) for op, name, *_ in todo}
     # Peers are given their own layouts: what they take is the same in every layout of the project's arrays.
     peers_of: dict[tuple[str, ...], dict[str, float | None]] = {}
     rows = []
@@ -114,17 +118,19 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
                 "case": case.name,
                 "op": op,
                 "pass": name,
-                "dtype": dtype,
+                "dtype": dtype_of(dtype),
                 "layout": layout,
-                "precision": "fp32",  # as against TF32
+                "precision": "tf32" if dtype == "tf32" else "fp32",
                 "copy_GBps": copy_bandwidth / 1e9,
-                "shape": f"{case}, stride {case.stride}, pad {case.padding}, dilation {case.dilation}",
+                "shape": str(case) if op == "pointwise" else f"{case}, {_numbers(case)}",
                 **dict.fromkeys(("kernel", "ms", "floor_ms", "percent_of_floor", "error")),
                 "right": False,
                 "peers": {},
             }
             try:
-                _measure(row, case, timer, budgets[name], peers_of.get((op, name, case.name, dtype)))
+                work = PASSES[op, name](case, dtype, layout, timer)
+                _measure(row, work, timer, budgets[op, name], peers_of.get((op, name, case.name, dtype)))
+                del work
                 peers_of[op, name, case.name, dtype] = row["peers"]
             except plan.Unsuitable as reason:
                 tqdm.write(f"{case.name} {name} {dtype}: left out: {reason}")
@@ -148,9 +154,13 @@ def run(todo: Sequence[Todo], peer_names: Sequence[str], variant: str | None, pe
     }
 
 
+def _numbers(case: Case) -> str:
+    return f"stride {case.stride}, pad {case.padding}, dilation {case.dilation}"
+
+
 def _measure(
     row: report.Row,
-    case: Case,
+    work: Work,
     timer: measure.Timer,
     budget: dict[str, float],
     known: dict[str, float | None] | None,
@@ -158,7 +168,6 @@ def _measure(
     """Fill in the figures of one row; peers that are not known take the seconds that they need off their budget."""
     from tqdm import tqdm
 
-    work = PASSES[row["op"], row["pass"]](case, row["dtype"], row["layout"], timer)
     error = work.check()
     row["kernel"], row["right"] = work.kernel, error <= 1
     row["error"] = error if math.isfinite(error) else None
@@ -171,14 +180,14 @@ def _measure(
     for peer in filter(budget.__contains__, work.peers):
         row["peers"][peer] = None
         if budget[peer] <= 0:
-            tqdm.write(f"{case.name} {row['pass']} {row['dtype']}: {peer} left out, its time is spent")
+            tqdm.write(f"{row['case']} {row['pass']} {row['dtype']}: {peer} left out, its time is spent")
             continue
         _release()
         start = time.perf_counter()
         try:
             row["peers"][peer] = work.peers[peer](timer)
         except Exception as problem:  # whatever a framework may raise: said, and the row goes on without it
-            tqdm.write(f"{case.name} {row['pass']} {row['dtype']}: {peer}: {type(problem).__name__}: {problem}")
+            tqdm.write(f"{row['case']} {row['pass']} {row['dtype']}: {peer}: {type(problem).__name__}: {problem}")
         budget[peer] -= time.perf_counter() - start
 
 

@@ -4,7 +4,8 @@ PyTorch launches on the timer's stream and is captured and timed as the project 
 cannot be captured: one jitted function computes every buffer, up to a limit, is called without waiting, and the clock
 on the host is read when all is done.
 
-Both have their defaults: PyTorch's cuDNN may use TF32 for float32 and does not search by trial, JAX may use TF32.
+Both have their defaults: PyTorch's cuDNN may use TF32 for float32 and does not search by trial, JAX may use TF32. But
+where the project is told whether to use TF32, in pointwise and separable convolutions, they are told the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from cuconv.cases import Case
+from cuconv.geometry import PointwiseGeometry
 from cuconv.measure import Timer
 
 # Milliseconds of one launch.
@@ -62,9 +64,93 @@ def wgrad(case: Case, gradients: list[tuple[Any, ...]]) -> dict[str, Peer]:
     return found
 
 
-NAMES = ("torch", "torch_channels_last", "torch_compile", "jax")
+def pointwise_forward(xs: list[tuple[Any, ...]], w: Any, g: PointwiseGeometry, dtype: str) -> dict[str, Peer]:
+    """Pointwise convolutions by a w (K, C) likewise."""
+    found: dict[str, Peer] = {}
+    weights = (w.reshape(g.K, g.C, 1, 1),)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        found |= _torch_ways(torch.nn.functional.conv2d, xs, weights, g.y_shape, dtype)
+    if importlib.util.find_spec("jax"):
+        found["jax"] = partial(_jax_ms, partial(_jax_pointwise, dtype), xs, weights, g.y_shape)
+    return found
+
+
+def pointwise_dgrad(dys: list[tuple[Any, ...]], w: Any, g: PointwiseGeometry, dtype: str) -> dict[str, Peer]:
+    """Their gradients with respect to x likewise."""
+    import cupy
+
+    found: dict[str, Peer] = {}
+    if importlib.util.find_spec("torch"):
+
+        def gradient(dy: Any, w: Any, x: Any) -> Any:
+            return _pointwise_backward(dy, x, w, None, (True, False))[0]
+
+        # Of x only shape and layout are looked at.
+        others = (w.reshape(g.K, g.C, 1, 1), cupy.empty(g.x_shape, w.dtype))
+        found |= _torch_ways(gradient, dys, others, g.x_shape, dtype, compiled=False)
+    return found
+
+
+def pointwise_wgrad(gradients: list[tuple[Any, ...]], g: PointwiseGeometry, dtype: str) -> dict[str, Peer]:
+    """Their gradients with respect to w likewise; of pairs of dy and x."""
+    import cupy
+
+    found: dict[str, Peer] = {}
+    if importlib.util.find_spec("torch"):
+
+        def gradient(dy: Any, x: Any, w: Any) -> Any:
+            return _pointwise_backward(dy, x, w, None, (False, True))[1]
+
+        shape = (g.K, g.C, 1, 1)
+        others = (cupy.empty(shape, gradients[0][0].dtype),)
+        found |= _torch_ways(gradient, gradients, others, shape, dtype, compiled=False)
+    return found
+
+
+def separable_forward(case: Case, xs: list[tuple[Any, ...]], weights: tuple[Any, ...], dtype: str) -> dict[str, Peer]:
+    """Depthwise, then pointwise convolutions likewise, by both weights and both biases."""
+    found: dict[str, Peer] = {}
+    w, pointwise, bias, pointwise_bias = weights
+    others = w, pointwise[:, :, None, None], bias, pointwise_bias
+    shape = case.separable.y_shape
+    if importlib.util.find_spec("torch"):
+
+        def convolve(x: Any, w: Any, pointwise: Any, bias: Any, pointwise_bias: Any) -> Any:
+            return _torch_pair(case, x, w, pointwise, bias, pointwise_bias)[1]
+
+        found |= _torch_ways(convolve, xs, others, shape, dtype)
+    if importlib.util.find_spec("jax") and not case.bias:
+
+        def jax_convolve(x: Any, w: Any, pointwise: Any, *_: None) -> Any:
+            return _jax_pointwise(dtype, _jax_convolution(case, x, w), pointwise)
+
+        found["jax"] = partial(_jax_ms, jax_convolve, xs, others, shape)
+    return found
+
+
+def separable_training(
+    case: Case, read: list[tuple[Any, ...]], weights: tuple[Any, ...], dtype: str
+) -> dict[str, Peer]:
+    """Likewise, with the gradients of everything; of pairs of x and dy."""
+    found: dict[str, Peer] = {}
+    w, pointwise, bias, pointwise_bias = weights
+    if importlib.util.find_spec("torch"):
+
+        def step(x: Any, dy: Any, w: Any, pointwise: Any, bias: Any, pointwise_bias: Any) -> Any:
+            middle, y = _torch_pair(case, x, w, pointwise, bias, pointwise_bias)
+            dmiddle, *of_pointwise = _pointwise_backward(dy, middle, pointwise, pointwise_bias, (True, True))
+            return y, of_pointwise, _depthwise_backward(case, dmiddle, x, w, bias, (True, True))
+
+        others = w, pointwise[:, :, None, None], bias, pointwise_bias
+        found |= _torch_ways(step, read, others, case.separable.y_shape, dtype)
+    return found
+
+
+NAMES = ("torch", "torch_channels_last", "torch_compile", "torch_compile_channels_last", "jax")
 # They compile for every case, for most of their time.
-_COMPILING = ("torch_compile", "jax")
+_COMPILING = ("torch_compile", "torch_compile_channels_last", "jax")
 
 
 def budgets(names: Iterable[str], seconds: float) -> dict[str, float]:
@@ -113,40 +199,87 @@ def _torch_forward(
 
 def _torch_dgrad(case: Case, dys: list[tuple[Any, ...]], w: Any, timer: Timer, *, channels_last: bool = False) -> float:
     import cupy
-    import torch
 
-    g = case.geometry
-    padding = [first for first, _ in g.padding]
-
-    def gradient(dy: torch.Tensor, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        only_dx = [True, False, False]
-        dx: torch.Tensor = torch.ops.aten.convolution_backward(
-            dy, x, w, None, g.stride, padding, g.dilation, False, [0, 0], g.C, only_dx
-        )[0]
-        return dx
+    def gradient(dy: Any, w: Any, x: Any) -> Any:
+        return _depthwise_backward(case, dy, x, w, None, (True, False))[0]
 
     # Of x only shape and layout are looked at.
-    x = cupy.empty(g.x_shape, w.dtype)
-    return _torch_ms(gradient, dys, (w, x), g.x_shape, timer, channels_last)
+    x = cupy.empty(case.geometry.x_shape, w.dtype)
+    return _torch_ms(gradient, dys, (w, x), case.geometry.x_shape, timer, channels_last)
 
 
 def _torch_wgrad(case: Case, gradients: list[tuple[Any, ...]], timer: Timer, *, channels_last: bool = False) -> float:
     import cupy
+
+    bias = cupy.empty(case.geometry.K, gradients[0][0].dtype) if case.bias else None
+
+    def gradient(dy: Any, x: Any, w: Any, bias: Any) -> Any:
+        return _depthwise_backward(case, dy, x, w, bias, (False, True))[1]
+
+    # Of w only shape and layout are looked at.
+    w = cupy.empty(case.geometry.w_shape, gradients[0][0].dtype)
+    return _torch_ms(gradient, gradients, (w, bias), case.geometry.w_shape, timer, channels_last)
+
+
+def _depthwise_backward(case: Case, dy: Any, x: Any, w: Any, bias: Any, wanted: tuple[bool, bool]) -> Any:
+    """The gradients of x, w and bias, as far as they are wanted and the bias exists."""
     import torch
 
     g = case.geometry
     padding = [first for first, _ in g.padding]
-    wanted = [False, True, case.bias]
+    sizes = None if bias is None else [g.K]
+    mask = [*wanted, wanted[1] and bias is not None]
+    return torch.ops.aten.convolution_backward(dy, x, w, sizes, g.stride, padding, g.dilation, False, [0, 0], g.C, mask)
 
-    def gradient(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        dw: torch.Tensor = torch.ops.aten.convolution_backward(
-            dy, x, w, [g.K] if case.bias else None, g.stride, padding, g.dilation, False, [0, 0], g.C, wanted
-        )[1]
-        return dw
 
-    # Of w only shape and layout are looked at.
-    w = cupy.empty(g.w_shape, gradients[0][0].dtype)
-    return _torch_ms(gradient, gradients, (w,), g.w_shape, timer, channels_last)
+def _pointwise_backward(dy: Any, x: Any, w: Any, bias: Any, wanted: tuple[bool, bool]) -> Any:
+    """Likewise."""
+    import torch
+
+    sizes = None if bias is None else [w.shape[0]]
+    mask = [*wanted, wanted[1] and bias is not None]
+    return torch.ops.aten.convolution_backward(dy, x, w, sizes, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
+
+
+def _torch_pair(case: Case, x: Any, w: Any, pointwise: Any, bias: Any, pointwise_bias: Any) -> tuple[Any, Any]:
+    """What is in between, and the result."""
+    import torch
+
+    middle = torch.nn.functional.conv2d(x, w, bias, **case.options, groups=case.C)
+    return middle, torch.nn.functional.conv2d(middle, pointwise, pointwise_bias)
+
+
+def _torch_ways(
+    compute: Callable[..., Any],
+    inputs: list[tuple[Any, ...]],
+    others: tuple[Any, ...],
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    compiled: bool = True,
+) -> dict[str, Peer]:
+    """In both layouts and, where it may make a difference, compiled; TF32 only where dtype says so."""
+
+    def ms(timer: Timer, *, channels_last: bool = False, compiled: bool = False) -> float:
+        import torch
+
+        of_convolutions, of_products = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = of_convolutions.allow_tf32, of_products.allow_tf32
+        of_convolutions.allow_tf32 = of_products.allow_tf32 = dtype == "tf32"
+        try:
+            run = compute
+            if compiled:
+                torch.compiler.reset()
+                run = torch.compile(compute, dynamic=False)
+            return _torch_ms(run, inputs, others, shape, timer, channels_last)
+        finally:
+            of_convolutions.allow_tf32, of_products.allow_tf32 = before
+
+    ways: dict[str, Peer] = {"torch": ms, "torch_channels_last": partial(ms, channels_last=True)}
+    if compiled:
+        ways["torch_compile"] = partial(ms, compiled=True)
+        ways["torch_compile_channels_last"] = partial(ms, channels_last=True, compiled=True)
+    return ways
 
 
 def _torch_ms(
@@ -157,7 +290,7 @@ def _torch_ms(
     timer: Timer,
     channels_last: bool,
 ) -> float:
-    """The time of compute(*one of the inputs, *others), whose result has the shape."""
+    """The time of compute(*one of the inputs, *others), whose (first) result has the shape."""
     import torch
 
     def tensor(array: Any) -> torch.Tensor | None:
@@ -187,7 +320,8 @@ def _torch_ms(
             return graph.replay
 
         launch(0)
-        _check_shape(results[0].shape, shape)
+        result = results[0][0] if isinstance(results[0], tuple) else results[0]
+        _check_shape(result.shape, shape)
         return timer.ms(launch, len(inputs), capture)
 
 
@@ -228,6 +362,14 @@ def _jax_convolution(case: Case, x: Any, w: Any) -> Any:
 
     g = case.geometry
     return jax.lax.conv_general_dilated(x, w, g.stride, g.padding, rhs_dilation=g.dilation, feature_group_count=g.C)
+
+
+def _jax_pointwise(dtype: str, x: Any, w: Any) -> Any:
+    import jax
+
+    # By itself JAX takes TF32 for float32.
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", precision=precision)
 
 
 def _jax_ms(

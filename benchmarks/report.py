@@ -40,7 +40,7 @@ def merged(old: Result, new: Result) -> Result:
 
 
 def _key(row: Row) -> tuple[str, ...]:
-    return row["op"], row["pass"], row["case"], row["dtype"], row["layout"]
+    return row["op"], row["pass"], row["case"], row["dtype"], row["precision"], row["layout"]
 
 
 def best_peer(row: Row) -> tuple[str, float] | None:
@@ -56,24 +56,39 @@ def read(folder: Path, name: str) -> Result:
 
 
 def write(result: Result, folder: Path, name: str) -> None:
-    """<name>.json and .md in the folder, and a plot a pass: <name>.png of forward, <name>_<pass>.png of any other."""
+    """<name>.json and .md in the folder, and a plot of every pass of every operator: <name>.png of depthwise forward,
+    <name>_<pass>.png of its gradients, <name>_<operator>_<pass>.png of any other."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown(result, name), encoding="utf-8")
-    for part in _passes(result):
+    for part in _parts(result):
         plot(result, part, folder / _plot_name(name, part))
 
 
-def _passes(result: Result) -> list[str]:
-    return list(dict.fromkeys(row["pass"] for row in result["rows"]))
+Part = tuple[str, str]
 
 
-def _plot_name(name: str, part: str) -> str:
-    return f"{name}.png" if part == "forward" else f"{name}_{part}.png"
+def _parts(result: Result) -> list[Part]:
+    """Every (operator, pass)."""
+    return list(dict.fromkeys(map(_part, result["rows"])))
+
+
+def _part(row: Row) -> Part:
+    return row["op"], row["pass"]
+
+
+def _plot_name(name: str, part: Part) -> str:
+    words = [word for word in part if word != "depthwise"]
+    return "_".join([name, *words]) + ".png" if words != ["forward"] else f"{name}.png"
+
+
+def _format(row: Row) -> str:
+    """The dtype, or the precision that it may be multiplied in."""
+    return row["precision"] if row["precision"] != "fp32" else row["dtype"]
 
 
 def markdown(result: Result, name: str) -> str:
-    """What was measured on what, and for every pass its plot and a table with a line a row."""
+    """What was measured on what, and for every pass of an operator its plot and a table with a line a row."""
     facts = "\n".join(f"- {name}: {value}" for name, value in result["versions"].items())
     return (
         (
@@ -84,9 +99,9 @@ def markdown(result: Result, name: str) -> str:
             f"{facts}\n- sources: `{result['sources']}`\n"
         )
         + "".join(
-            f"\n## {part}\n\n![% of floor, {part}]({_plot_name(name, part)})\n\n"
-            f"{_table([row for row in result['rows'] if row['pass'] == part])}\n"
-            for part in _passes(result)
+            f"\n## {' '.join(part)}\n\n![% of floor, {' '.join(part)}]({_plot_name(name, part)})\n\n"
+            f"{_table([row for row in result['rows'] if _part(row) == part])}\n"
+            for part in _parts(result)
         )
         + (_calls(result["calls"]) if "calls" in result else "")
     )
@@ -115,13 +130,12 @@ def _calls(calls: dict[str, Any]) -> str:
 
 def _table(rows: list[Row]) -> str:
     peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
-    header = ["case", "shape", "operator", "dtype", "layout", "kernel", "error", "floor ms", "ms", "% of floor"]
+    header = ["case", "shape", "dtype", "layout", "kernel", "error", "floor ms", "ms", "% of floor"]
     lines = [
         [
             row["case"],
             row["shape"],
-            row["op"],
-            row["dtype"],
+            _format(row),
             row["layout"],
             row["kernel"] or "-",
             _number(row["error"], ".3f") if row["right"] else "WRONG",
@@ -139,17 +153,17 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def plot(result: Result, part: str, path: Path) -> None:
+def plot(result: Result, part: Part, path: Path) -> None:
     """% of floor in one pass, a panel for every dtype that most cases have, beside that of the best peer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if row["pass"] == part and row["percent_of_floor"] is not None]
+    rows = [row for row in result["rows"] if _part(row) == part and row["percent_of_floor"] is not None]
     labels = list(dict.fromkeys(map(_label, rows)))
     dtypes = [
         dtype
-        for dtype in dict.fromkeys(row["dtype"] for row in rows)
-        if 2 * sum(row["dtype"] == dtype for row in rows) > len(labels)
+        for dtype in dict.fromkeys(map(_format, rows))
+        if 2 * sum(_format(row) == dtype for row in rows) > len(labels)
     ]
     width, height = 2 + 4.5 * max(1, len(dtypes)), 1.8 + 0.42 * len(labels)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -160,7 +174,7 @@ def plot(result: Result, part: str, path: Path) -> None:
         ours: list[tuple[float, float, str]] = []
         best: list[tuple[float, float, str]] = []
         for row in rows:
-            if row["dtype"] == dtype:
+            if _format(row) == dtype:
                 y, share = labels.index(_label(row)), row["percent_of_floor"]
                 ours.append((y - 0.2, share, f"{share:.0f}"))
                 if peer := best_peer(row):
@@ -177,7 +191,9 @@ def plot(result: Result, part: str, path: Path) -> None:
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     if dtypes:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"{result['device']}, {part}: longer is better, 100 is a copy of the same bytes", fontsize=11)
+    figure.suptitle(
+        f"{result['device']}, {' '.join(part)}: longer is better, 100 is a copy of the same bytes", fontsize=11
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -67,21 +67,31 @@ def test_report_is_written(tmp_path: Path) -> None:
 def test_every_pass_has_its_table_and_its_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     backward = {"pass": "dgrad", "kernel": "a_dgrad_kernel", "peers": {"torch": 5.0, "jax": 6.0}}
-    written = result([row("a", "float32"), row("b", "float32"), row("a", "float32", **backward)])
+    pointwise = {"op": "pointwise", "precision": "tf32"}
+    lines = [
+        row("a", "float32"),
+        row("b", "float32"),
+        row("a", "float32", **backward),
+        row("p", "float32", **pointwise),
+    ]
+    written = result(lines)
     report.write(written, tmp_path, "gpu")
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.png", "gpu_dgrad.png"}
+    plots = {"gpu.png", "gpu_dgrad.png", "gpu_pointwise_forward.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", *plots}
     assert json.loads((tmp_path / "gpu.json").read_text()) == written
     assert (tmp_path / "gpu.png").read_bytes() != (tmp_path / "gpu_dgrad.png").read_bytes()
-    head, forward, dgrad = (tmp_path / "gpu.md").read_text().split("\n## ")
+    head, forward, dgrad, products = (tmp_path / "gpu.md").read_text().split("\n## ")
     assert "4240 GB/s" in head
-    assert forward.startswith("forward\n")
+    assert forward.startswith("depthwise forward\n")
     assert "(gpu.png)" in forward
     assert "a_dgrad_kernel" not in forward
-    assert dgrad.startswith("dgrad\n")
+    assert dgrad.startswith("depthwise dgrad\n")
     assert "(gpu_dgrad.png)" in dgrad
     assert dgrad.count("a_dgrad_kernel") == 1
     assert "jax ms" in dgrad
     assert "torch_compile ms" not in dgrad
+    assert products.startswith("pointwise forward\n")
+    assert "| tf32 " in products
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:
@@ -134,6 +144,7 @@ def test_only_peers_that_compile_have_a_limit() -> None:
         "torch": math.inf,
         "torch_channels_last": math.inf,
         "torch_compile": 12,
+        "torch_compile_channels_last": 12,
         "jax": 12,
     }
     assert peers.budgets((), 12) == {}
@@ -168,7 +179,9 @@ def test_calls_are_reported() -> None:
 
 
 def test_cases() -> None:
-    assert len(cases.CASE_NAMES) == len(set(cases.CASE_NAMES)) == 20
+    assert len(cases.CASE_NAMES) == len(set(cases.CASE_NAMES)) == 30
+    assert [case.name for case in cases.CASES if case.operator == "pointwise"] == ["pw512", "kb87"]
+    assert str(next(case for case in cases.CASES if case.name == "kb87")) == "16,64->128,1024,1024"
     for case in cases.CASES:
         assert case.geometry.P > 0
     slak = next(case for case in cases.CASES if case.name == "slak51")
@@ -180,10 +193,14 @@ def test_selection() -> None:
     assert [case.name for case, _ in cases.selected(["kb82+bias"], ["float32"])] == ["kb82+bias"]
     in_float64 = [case.name for case, _ in cases.selected(cases.CASE_NAMES, ["float64"])]
     assert in_float64 == list(cases.FLOAT64_CASES)
+    in_tf32 = {case.operator for case, _ in cases.selected(cases.CASE_NAMES, ["tf32"])}
+    assert in_tf32 == {"pointwise", "separable"}
 
 
 def test_no_bias_in_dgrad() -> None:
-    todo = program.to_measure(["forward", "dgrad"], cases.selected(["kb82"], ["float32", "float16"]), ["nchw"])
+    todo = program.to_measure(
+        ["depthwise"], ["forward", "dgrad"], cases.selected(["kb82"], ["float32", "float16"]), ["nchw"]
+    )
     assert [(name, case.name, dtype) for _, name, case, dtype, _ in todo] == [
         ("forward", "kb82", "float32"),
         ("forward", "kb82", "float16"),
@@ -192,12 +209,29 @@ def test_no_bias_in_dgrad() -> None:
         ("dgrad", "kb82", "float32"),
         ("dgrad", "kb82", "float16"),
     ]
-    assert program.to_measure(["dgrad"], cases.selected(["kb82+bias"], ["float32"]), ["nchw"]) == []
+    assert program.to_measure(["depthwise"], ["dgrad"], cases.selected(["kb82+bias"], ["float32"]), ["nchw"]) == []
 
 
 def test_every_layout_is_measured() -> None:
-    todo = program.to_measure(["forward"], cases.selected(["mbv1_7"], ["float32"]), list(cases.LAYOUTS))
+    todo = program.to_measure(["depthwise"], ["forward"], cases.selected(["mbv1_7"], ["float32"]), list(cases.LAYOUTS))
     assert [layout for *_, layout in todo] == ["nchw", "nhwc"]
+
+
+def test_a_case_is_measured_by_its_operator() -> None:
+    operators = ["depthwise", "pointwise", "separable"]
+    every = cases.selected(["kb82", "pw512", "mbv1_sep7"], ["float32"])
+    todo = program.to_measure(operators, ["forward", "wgrad", "training"], every, ["nchw"])
+    assert {(op, name, case.name) for op, name, case, *_ in todo} == {
+        ("depthwise", "forward", "kb82"),
+        ("depthwise", "forward", "kb82+bias"),
+        ("depthwise", "wgrad", "kb82"),
+        ("depthwise", "wgrad", "kb82+bias"),
+        ("pointwise", "forward", "pw512"),
+        ("pointwise", "wgrad", "pw512"),
+        ("separable", "forward", "mbv1_sep7"),
+        ("separable", "training", "mbv1_sep7"),
+    }
+    assert program.to_measure(["separable"], ["forward"], cases.selected(["kb82"], ["float32"]), ["nchw"]) == []
 
 
 @pytest.mark.skipif(measure.cupy_with_gpu() is not None, reason="there is a GPU")
