@@ -186,8 +186,8 @@ def _variants(target: Target) -> Iterator[tuple[str, str, Plan]]:
     cases = (*REFERENCE_CASES, *_FURTHER_GEOMETRIES)
     for variant, dtype, case, last in product(plan.VARIANTS, plan.DTYPES, cases, (False, True)):
         depthwise = _passes(replace(case.geometry, channels_last=last), dtype, target, variant)
-        pointwise = _pointwise_passes(case, last, dtype, target, variant) if case.K else ()
-        for chosen in (*depthwise, *pointwise):
+        others = _pointwise_passes(case, last, dtype, target, variant) if case.K else ()
+        for chosen in (*depthwise, *others):
             if (chosen.source, chosen.defines) not in seen:
                 seen.add((chosen.source, chosen.defines))
                 yield variant, dtype, chosen
@@ -206,8 +206,13 @@ def _passes(geometry: Conv2dGeometry, dtype: str, target: Target, variant: str) 
 
 
 def _pointwise_passes(case: Case, last: bool, dtype: str, target: Target, variant: str) -> Iterator[Plan]:
-    """Likewise, of the pointwise part of a separable case."""
+    """Likewise, of a separable case's pointwise part, and of its forward pass."""
     pointwise = replace(case.separable.pointwise, channels_last=last)
+    separable = SeparableGeometry(replace(case.geometry, channels_last=last), pointwise)
+    with contextlib.suppress(Unsuitable):
+        fused = plan.separable_conv(separable, dtype, plan.SeparableEpilogue(), target, variant)
+        if fused is not None:
+            yield fused
     for turned in (False, True):
         with contextlib.suppress(Unsuitable):
             yield plan.pointwise_conv(pointwise, dtype, turned, plan.Epilogue(), target, variant)
