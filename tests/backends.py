@@ -25,6 +25,10 @@ def forget_kernels() -> None:
         depthwise._wgrad_kernels,
         pointwise._kernel,
         pointwise._wgrad_kernels,
+        # What is remembered of a call has its kernels.
+        depthwise._check_forward,
+        depthwise._check_dgrad,
+        depthwise._check_wgrad,
     ):
         memoised.cache_clear()
 
