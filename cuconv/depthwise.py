@@ -366,7 +366,8 @@ def depthwise_conv2d_wgrad(
         if found is None:
             found = call.kernels[of] = _wgrad_kernels(geometry, call.dtype, call.device, *of)
         sums, reduce, workspace_bytes = found
-        partials = interop.workspace(workspace, workspace_bytes)
+        none_needed = workspace is None and workspace_bytes == 0
+        partials = None if none_needed else interop.workspace(workspace, workspace_bytes)
         # 5. Launch.
         partials_start = 0 if partials is None else partials.data.ptr
         dw_start, dbias_start = dw.data.ptr, 0 if dbias is None else dbias.data.ptr
