@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from .geometry import (
 )
 
 
-class _Call(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Call:
     """What the arguments of a call, once checked, tell of it."""
 
     geometry: Conv2dGeometry
@@ -27,6 +29,9 @@ class _Call(NamedTuple):
     device: int | None  # None for NumPy arrays
     channels_last: bool  # how the result is to lie; the kernel's may lie otherwise
     dense: bool  # whether kernels can read the arrays as they lie
+    shape: tuple[int, ...]  # the result's
+    # Kernels found so far, by what else they depend on: the variant forced, and whether the arrays are aligned.
+    kernels: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
 def depthwise_conv2d(
@@ -98,19 +103,24 @@ def depthwise_conv2d(
     geometry = call.geometry
     if call.device is None:
         return reference.depthwise_conv2d(x, w, bias, geometry, out)
-    with interop.on_device(call.device):
-        # 2. Allocate.
-        if not call.dense:
-            x, w = interop.contiguous(x, geometry.channels_last), interop.contiguous(w)
-            bias = None if bias is None else interop.contiguous(bias)
-        y = interop.output(out, geometry.y_shape, x.dtype, geometry.channels_last)
-        if geometry.N:
-            # 3. Plan, and 4. kernel: found again once they are known.
-            aligned = (x.data.ptr | y.data.ptr) % plan.VECTOR_BYTES == 0
-            kernel = _forward_kernel(geometry, call.dtype, call.device, plan.forced_variant(), aligned)
-            # 5. Launch.
-            kernel(x.data.ptr, w.data.ptr, interop.address(bias), y.data.ptr)
-        return interop.delivered(y, out, call.channels_last != geometry.channels_last)
+    if not interop.is_current(call.device):
+        with interop.on_device(call.device):
+            return depthwise_conv2d(x, w, bias, stride=stride, padding=padding, dilation=dilation, out=out)
+    # 2. Allocate.
+    if not call.dense:
+        x, w = interop.contiguous(x, geometry.channels_last), interop.contiguous(w)
+        bias = None if bias is None else interop.contiguous(bias)
+    y = interop.output(out, call.shape, x.dtype, geometry.channels_last)
+    if geometry.N:
+        # 3. Plan, and 4. kernel: found again once they are known.
+        x_start, y_start = x.data.ptr, y.data.ptr
+        of = plan.forced_variant(), (x_start | y_start) % plan.VECTOR_BYTES == 0
+        kernel = call.kernels.get(of)
+        if kernel is None:
+            kernel = call.kernels[of] = _forward_kernel(geometry, call.dtype, call.device, *of)
+        # 5. Launch.
+        kernel(x_start, w.data.ptr, 0 if bias is None else bias.data.ptr, y_start)
+    return interop.delivered(y, out, call.channels_last != geometry.channels_last)
 
 
 @interop.remembered
@@ -129,7 +139,7 @@ def _check_forward(x: Any, w: Any, bias: Any, out: Any, stride: Any, padding: An
         check_out(out, geometry.y_shape, x.dtype)
     layout = geometry.channels_last
     dense = device is not None and interop.all_contiguous(x, channels_last=layout) and interop.all_contiguous(w, bias)
-    return _Call(geometry, dtype, device, channels_last, dense)
+    return _Call(geometry, dtype, device, channels_last, dense, geometry.y_shape)
 
 
 @lru_cache(maxsize=4096)
@@ -205,18 +215,23 @@ def depthwise_conv2d_dgrad(
     geometry = call.geometry
     if call.device is None:
         return reference.depthwise_conv2d_dgrad(dy, w, geometry, out)
-    with interop.on_device(call.device):
-        # 2. Allocate.
-        if not call.dense:
-            dy, w = interop.contiguous(dy, geometry.channels_last), interop.contiguous(w)
-        dx = interop.output(out, geometry.x_shape, dy.dtype, geometry.channels_last)
-        if geometry.N:
-            # 3. Plan, and 4. kernel: found again once they are known.
-            aligned = (dy.data.ptr | dx.data.ptr) % plan.VECTOR_BYTES == 0
-            kernel = _dgrad_kernel(geometry, call.dtype, call.device, plan.forced_variant(), aligned)
-            # 5. Launch.
-            kernel(dy.data.ptr, w.data.ptr, 0, dx.data.ptr)
-        return interop.delivered(dx, out, call.channels_last != geometry.channels_last)
+    if not interop.is_current(call.device):
+        with interop.on_device(call.device):
+            return depthwise_conv2d_dgrad(dy, w, x_shape, stride=stride, padding=padding, dilation=dilation, out=out)
+    # 2. Allocate.
+    if not call.dense:
+        dy, w = interop.contiguous(dy, geometry.channels_last), interop.contiguous(w)
+    dx = interop.output(out, call.shape, dy.dtype, geometry.channels_last)
+    if geometry.N:
+        # 3. Plan, and 4. kernel: found again once they are known.
+        dy_start, dx_start = dy.data.ptr, dx.data.ptr
+        of = plan.forced_variant(), (dy_start | dx_start) % plan.VECTOR_BYTES == 0
+        kernel = call.kernels.get(of)
+        if kernel is None:
+            kernel = call.kernels[of] = _dgrad_kernel(geometry, call.dtype, call.device, *of)
+        # 5. Launch.
+        kernel(dy_start, w.data.ptr, 0, dx_start)
+    return interop.delivered(dx, out, call.channels_last != geometry.channels_last)
 
 
 @interop.remembered
@@ -235,7 +250,7 @@ def _check_dgrad(dy: Any, w: Any, out: Any, x_shape: Any, stride: Any, padding: 
         check_out(out, geometry.x_shape, dy.dtype)
     layout = geometry.channels_last
     dense = device is not None and interop.all_contiguous(dy, channels_last=layout) and interop.all_contiguous(w)
-    return _Call(geometry, dtype, device, channels_last, dense)
+    return _Call(geometry, dtype, device, channels_last, dense, geometry.x_shape)
 
 
 @lru_cache(maxsize=4096)
@@ -325,30 +340,46 @@ def depthwise_conv2d_wgrad(
     geometry = call.geometry
     if call.device is None:
         return reference.depthwise_conv2d_wgrad(dy, x, bias, geometry, dw_out, dbias_out)
-    with interop.on_device(call.device):
-        # 2. Allocate.
-        if not call.dense:
-            dy, x = (interop.contiguous(array, geometry.channels_last) for array in (dy, x))
-        dw = interop.output(dw_out, geometry.w_shape, dy.dtype)
-        dbias = interop.output(dbias_out, (geometry.K,), dy.dtype) if bias else None
-        if geometry.N:
-            # 3. Plan, and 4. kernels: found again once they are known.
-            aligned = (dy.data.ptr | x.data.ptr) % plan.VECTOR_BYTES == 0
-            sums, reduce, workspace_bytes = _wgrad_kernels(
-                geometry, call.dtype, bool(bias), call.device, plan.forced_variant(), aligned
+    if not interop.is_current(call.device):
+        with interop.on_device(call.device):
+            return depthwise_conv2d_wgrad(
+                dy,
+                x,
+                w_shape,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                bias=bias,
+                out=out,
+                workspace=workspace,
             )
-            partials = interop.workspace(workspace, workspace_bytes)
-            # 5. Launch.
-            results = interop.address(partials), dw.data.ptr, interop.address(dbias)
-            sums(dy.data.ptr, x.data.ptr, *results)
-            if reduce is not None:
-                reduce(*results)
-        else:
-            for gradient in (dw, dbias):
-                if gradient is not None:
-                    gradient.fill(0)
-        dw = interop.delivered(dw, dw_out)
-        return dw if dbias is None else (dw, interop.delivered(dbias, dbias_out))
+    # 2. Allocate.
+    if not call.dense:
+        dy, x = (interop.contiguous(array, geometry.channels_last) for array in (dy, x))
+    dw = interop.output(dw_out, call.shape, dy.dtype)
+    dbias = interop.output(dbias_out, (geometry.K,), dy.dtype) if bias else None
+    if geometry.N:
+        # 3. Plan, and 4. kernels: found again once they are known.
+        dy_start, x_start = dy.data.ptr, x.data.ptr
+        of = plan.forced_variant(), (dy_start | x_start) % plan.VECTOR_BYTES == 0, bool(bias)
+        found = call.kernels.get(of)
+        if found is None:
+            found = call.kernels[of] = _wgrad_kernels(geometry, call.dtype, call.device, *of)
+        sums, reduce, workspace_bytes = found
+        none_needed = workspace is None and workspace_bytes == 0
+        partials = None if none_needed else interop.workspace(workspace, workspace_bytes)
+        # 5. Launch.
+        partials_start = 0 if partials is None else partials.data.ptr
+        dw_start, dbias_start = dw.data.ptr, 0 if dbias is None else dbias.data.ptr
+        sums(dy_start, x_start, partials_start, dw_start, dbias_start)
+        if reduce is not None:
+            reduce(partials_start, dw_start, dbias_start)
+    else:
+        for gradient in (dw, dbias):
+            if gradient is not None:
+                gradient.fill(0)
+    dw = interop.delivered(dw, dw_out)
+    return dw if dbias is None else (dw, interop.delivered(dbias, dbias_out))
 
 
 @interop.remembered
@@ -370,12 +401,12 @@ def _check_wgrad(
     if dbias is not None:
         check_out(dbias, (geometry.K,), dy.dtype)
     dense = device is not None and interop.all_contiguous(dy, x, channels_last=geometry.channels_last)
-    return _Call(geometry, dtype, device, channels_last, dense)
+    return _Call(geometry, dtype, device, channels_last, dense, geometry.w_shape)
 
 
 @lru_cache(maxsize=4096)
 def _wgrad_kernels(
-    geometry: Conv2dGeometry, dtype: str, bias: bool, device_id: int, forced: str | None, aligned: bool
+    geometry: Conv2dGeometry, dtype: str, device_id: int, forced: str | None, aligned: bool, bias: bool
 ) -> tuple[kernels.Kernel, kernels.Kernel | None, int]:
     """The kernel of the sums, that which adds those of slabs where there are several, and the workspace's bytes."""
     # 3. Plan.

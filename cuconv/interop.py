@@ -54,15 +54,17 @@ def remembered(check: Callable[..., _Result]) -> Callable[..., _Result]:
     @functools.wraps(check)
     def checked(*given: Any) -> _Result:
         key = _key(given)
-        result = None if key is None else known.get(key)
+        if key is None:
+            return check(*given)
+        result = known.get(key)
         if result is None:
             result = check(*given)
-            if key is not None:
-                if len(known) >= _MAX_REMEMBERED:
-                    known.clear()
-                known[key] = result
+            if len(known) >= _MAX_REMEMBERED:
+                known.clear()
+            known[key] = result
         return result
 
+    checked.cache_clear = known.clear  # type: ignore[attr-defined]  # as functools.lru_cache has it
     return checked
 
 
@@ -78,7 +80,7 @@ def _key(given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         kind = type(argument)
         if kind is ndarray:
             memory = argument.data
-            key += argument.shape, argument.strides, argument.dtype, memory.ptr % ALIGNMENT, memory.device_id
+            key.append((argument.shape, argument.strides, argument.dtype, memory.ptr % ALIGNMENT, memory.device_id))
         elif kind is int or argument is None or kind is str or (kind is tuple and _INT.issuperset(map(type, argument))):
             key.append(argument)
         else:
@@ -126,11 +128,10 @@ def output(out: Any, shape: tuple[int, ...], dtype: Any, channels_last: bool = F
     """What a kernel for this layout writes to: `out` where it can, otherwise a new CuPy array (N, C, H, W)."""
     if out is not None and is_contiguous(out, channels_last):
         return out
-    ndarray = sys.modules["cupy"].ndarray
     if channels_last:
         N, C, H, W = shape
-        return _nchw(ndarray((N, H, W, C), dtype))
-    return ndarray(shape, dtype)  # what cupy.empty returns, half a microsecond sooner
+        return _nchw(sys.modules["cupy"].ndarray((N, H, W, C), dtype))
+    return sys.modules["cupy"].ndarray(shape, dtype)  # what cupy.empty returns, half a microsecond sooner
 
 
 def _nhwc(array: Any) -> Any:
@@ -190,6 +191,11 @@ def one_device(**arrays: Any) -> int:
 
 
 _NOTHING = nullcontext()
+
+
+def is_current(device: int) -> bool:
+    """Whether this is CuPy's current device."""
+    return bool(sys.modules["cupy"].cuda.runtime.getDevice() == device)
 
 
 def on_device(device: int) -> AbstractContextManager[Any]:

@@ -66,20 +66,27 @@ def load(plan: Plan, device_id: int) -> Kernel:
     if plan.shared_bytes > _DEFAULT_SHARED_BYTES:
         kernel.max_dynamic_shared_size_bytes = max(kernel.max_dynamic_shared_size_bytes, plan.shared_bytes)
     # By the driver, since CuPy's own launch looks at every argument anew and takes half as long again.
-    driver, runtime, current_stream = cupy.cuda.driver, cupy.cuda.runtime, cupy.cuda.get_current_stream
+    driver, current_stream = cupy.cuda.driver, cupy.cuda.get_current_stream
     function, (grid_x, grid_y, grid_z), block, shared_bytes = kernel.kernel, plan.grid, plan.block, plan.shared_bytes
     words, pointers = _arguments(plan.parameter_struct())
     lock = threading.Lock()
 
     def launch(*addresses: int) -> None:
-        if not driver.ctxGetCurrent():
-            runtime.setDevice(device_id)  # in a thread that has not used the device yet
         first = _MAX_ARRAYS - len(addresses)
-        stream, arguments = current_stream().ptr, pointers + 8 * first
-        # The driver copies the arguments while other threads may run, and want to launch the same kernel.
-        with lock:
-            words[first:] = addresses
-            driver.launchKernel(function.ptr, grid_x, grid_y, grid_z, block, 1, 1, shared_bytes, stream, arguments, 0)
+        stream, arguments = current_stream(device_id).ptr, pointers + 8 * first
+        try:
+            # The driver copies the arguments while other threads may run, and want to launch the same kernel.
+            with lock:
+                words[first:] = addresses
+                driver.launchKernel(
+                    function.ptr, grid_x, grid_y, grid_z, block, 1, 1, shared_bytes, stream, arguments, 0
+                )
+        except driver.CUDADriverError:
+            if driver.ctxGetCurrent():
+                raise
+            # A thread that has not used the device yet: not asked before every launch, since that takes time.
+            cupy.cuda.runtime.setDevice(device_id)
+            launch(*addresses)
 
     return launch
 

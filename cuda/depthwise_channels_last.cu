@@ -8,9 +8,13 @@
 // registers; a row of outputs is stored as soon as its last row of x has been there. What neighbouring patches share
 // comes out of the caches.
 //
+// Few outputs are done before the device is full, and then what counts is how often a thread waits for memory: it may
+// load all rows of a patch at once, whose number is then known at compile time.
+//
 // Compile-time values: T; R, S; TRANSPOSED (the gradient); MULTIPLIED (several output channels an input channel);
 // THREADS; VECTOR (channels of a thread: they divide C and K, and arrays start at multiples of them); COLUMNS (of a
-// patch); DEPTH; STRIDE_H, STRIDE_W (of the patch, see below); DILATED.
+// patch); DEPTH; ROWS (of a patch that loads all rows at once, which are DEPTH; 0 elsewhere); STRIDE_H, STRIDE_W (of
+// the patch, see below); DILATED.
 //
 // Dilation: output rows dilation / gcd(stride, dilation) apart need input rows whole dilations apart. A patch of rows
 // so far apart is a patch of an undilated convolution of stride / gcd, in units of `dilation` input rows. Columns
@@ -33,6 +37,7 @@ constexpr int kThreads = CUCONV_THREADS;
 constexpr int kVector = CUCONV_VECTOR;
 constexpr int kColumns = CUCONV_COLUMNS;
 constexpr int kDepth = CUCONV_DEPTH;
+constexpr int kRows = CUCONV_ROWS;
 constexpr int kStrideH = CUCONV_STRIDE_H;
 constexpr int kStrideW = CUCONV_STRIDE_W;
 constexpr bool kDilated = CUCONV_DILATED;
@@ -53,6 +58,8 @@ constexpr int kPeriod = kTransposed ? kBackH + 1 : kRing * kStrideH;
 constexpr int kUnrolled = least_common_multiple(kPeriod, kDepth);
 
 static_assert(kDepth >= 1, "a row is loaded before it is needed");
+static_assert(!kRows || kDepth == (kTransposed ? kBackH + (kRows - 1) / kStrideH + 1 : (kRows - 1) * kStrideH + kR),
+              "all rows at once are those that the patch needs");
 static_assert(!kMultiplied || (kVector == 1 && !kTransposed),
               "output channels of one input channel are no vector of it");
 static_assert(!kTransposed || kColumns % kStrideW == 0, "patches start at whole strides");
@@ -77,6 +84,12 @@ struct Parameters {
 __device__ __forceinline__ constexpr int column_met(int j, int s) {
   if (kTransposed) return (j - kBackW) * kStrideW + s;
   return j < s || (j - s) % kStrideW != 0 ? -1 : (j - s) / kStrideW;
+}
+
+// Likewise the row of the patch that row i meets through kernel row r.
+__device__ __forceinline__ constexpr int row_of_patch_met(int i, int r) {
+  if (kTransposed) return (i - kBackH) * kStrideH + r;
+  return i < r || (i - r) % kStrideH != 0 ? -1 : (i - r) / kStrideH;
 }
 
 // The place in the ring of the row that row i of a patch's input meets through kernel row r, or -1 where there is none.
@@ -144,6 +157,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   };
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) load(loaded[i]);
+  Sum start[kVector];
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) start[e] = bias == nullptr ? Sum(0) : widen(bias[k + e]);
 
   // The block's weights as they lie in memory, while the first rows are on their way: those of the groups from its
   // first thread's on, around the end to the first group again.
@@ -151,10 +167,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int first_group = first_item - divide(first_item, g.groups_magic, g.groups_shift) * g.groups;
   const int all = g.K * kTaps;
   const int count = min(g.groups, kThreads) * (kVector * kTaps);
+  if constexpr (kRows > 0) {
+    // All on their way before the first is waited for: without a branch for each, some are loaded twice instead.
+    T part[kVector * kTaps];
+#pragma unroll
+    for (int n = 0; n < kVector * kTaps; ++n) {
+      const int from = first_group * (kVector * kTaps) + min(thread + n * kThreads, count - 1);
+      part[n] = w[from < all ? from : from - all];
+    }
+#pragma unroll
+    for (int n = 0; n < kVector * kTaps; ++n) staged[min(thread + n * kThreads, count - 1)] = part[n];
+  } else {
 #pragma unroll 8
-  for (int i = thread; i < count; i += kThreads) {
-    const int from = first_group * (kVector * kTaps) + i;
-    staged[i] = w[from < all ? from : from - all];
+    for (int i = thread; i < count; i += kThreads) {
+      const int from = first_group * (kVector * kTaps) + i;
+      staged[i] = w[from < all ? from : from - all];
+    }
   }
   __syncthreads();
   if (first_item + thread >= g.items) return;
@@ -168,9 +196,45 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
       for (int s = 0; s < kS; ++s) weight[r][s][e] = widen(staged[(slot * kVector + e) * kTaps + r * kS + s]);
 
-  Sum start[kVector];
+  if constexpr (kRows > 0) {
+    Sum sum[kRows > 0 ? kRows : 1][kColumns][kVector];
 #pragma unroll
-  for (int e = 0; e < kVector; ++e) start[e] = bias == nullptr ? Sum(0) : widen(bias[k + e]);
+    for (int t = 0; t < kRows; ++t)
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) sum[t][v][e] = start[e];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      Sum value[kSpanW][kVector];
+#pragma unroll
+      for (int j = 0; j < kSpanW; ++j) widen_packed<T>(loaded[i][j], value[j]);
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        const int t = row_of_patch_met(i, r);
+        if (t < 0 || t >= kRows) continue;
+#pragma unroll
+        for (int s = 0; s < kS; ++s)
+#pragma unroll
+          for (int j = 0; j < kSpanW; ++j) {
+            const int v = column_met(j, s);
+            if (v < 0 || v >= kColumns) continue;
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) sum[t][v][e] = fma(value[j][e], weight[r][s][e], sum[t][v][e]);
+          }
+      }
+    }
+    T* row_of_y = y + ((static_cast<int64>(n) * g.P + p) * g.Q + q) * g.K + k;
+#pragma unroll
+    for (int t = 0; t < kRows; ++t) {
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v)
+        if (within(p + t * spacing_h - low, high - low) && within(q + v * spacing_w, g.Q))
+          store_narrowed<kVector>(row_of_y + v * spacing_w * g.K, sum[t][v]);
+      row_of_y += static_cast<int64>(spacing_h) * g.Q * g.K;
+    }
+    return;
+  }
 
   // The first rows of x also meet rows of y above the patch, and the last ones below: their sums are thrown away.
   Sum sum[kRing][kColumns][kVector];

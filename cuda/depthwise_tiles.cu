@@ -93,15 +93,15 @@ __device__ __forceinline__ void multiply(const Sum* source, const Sum* weight, i
 }
 
 // The same for all rows of x that the tile needs: rows [row, row + R + kRows - 1) of the `rows` at `source`, and the
-// row of zeros where they do not exist.
-template <int kTaps>
+// row of zeros where they do not exist. Where kApart, those that meet every row of the tile have code of their own.
+template <int kTaps, bool kApart>
 __device__ __forceinline__ void multiply_rows(const Sum* source, const Sum* zeros, int row, int rows, int pitch,
                                               const Sum* weight, int R, Sum (&sum)[kRows][kColumns]) {
   source += row * pitch;
 #pragma unroll 1
   for (int i = 0; i < R + kRows - 1; ++i) {
     const Sum* const values = within(row + i, rows) ? source : zeros;
-    if (i >= kRows - 1 && i < R) {
+    if (kApart && i >= kRows - 1 && i < R) {
       multiply<kTaps, false>(values, weight, i, R, sum);
     } else {
       multiply<kTaps, true>(values, weight, i, R, sum);
@@ -212,13 +212,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Sum* weight = weights + (k - first_channel) * g.channel_pitch;
   if constexpr (kWhole) {
     for (int s = 0; s + kChunk <= g.S; s += kChunk) {
-      multiply_rows<kChunk>(source, no_row, row, rows, g.pitch, weight, g.R, sum);
+      multiply_rows<kChunk, true>(source, no_row, row, rows, g.pitch, weight, g.R, sum);
       source += kChunk;
       no_row += kChunk;
       weight += g.R * kChunk;
     }
   }
-  if constexpr (kTail > 0) multiply_rows<kTail>(source, no_row, row, rows, g.pitch, weight, g.R, sum);
+  // Behind whole chunks a tail is the smaller part of the work: where it has much code, one copy compiles sooner.
+  constexpr bool kTailApart = !kWhole || kTail <= 4;
+  if constexpr (kTail > 0) multiply_rows<kTail, kTailApart>(source, no_row, row, rows, g.pitch, weight, g.R, sum);
 
   const int p = p0 + item_row * kRows;
   const int q = q0 + item_column * kColumns;

@@ -26,6 +26,10 @@ def forget_kernels() -> None:
         pointwise._kernel,
         pointwise._wgrad_kernels,
         separable._launch,
+        # What is remembered of a call has its kernels.
+        depthwise._check_forward,
+        depthwise._check_dgrad,
+        depthwise._check_wgrad,
     ):
         memoised.cache_clear()
 

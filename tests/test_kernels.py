@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from cuconv import kernels, plan
-from cuconv.plan import channels_last_mma, images, toeplitz
+from cuconv.plan import channels_last, channels_last_mma, images, toeplitz
 
 cupy = pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
 from test_plan import geometry, plan_or_reason  # noqa: E402
@@ -198,6 +198,20 @@ def test_channels_last_runs_compile_within_their_budget(kernel, architecture):
             resources = kernels.compile_only(chosen, architecture)
             assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
             assert resources.registers <= REGISTER_BUDGET_RUNS, f"{chosen} takes {resources.registers}"
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", MEASURED, "sm_120"])
+def test_the_largest_patches_that_load_all_rows_at_once_compile_without_spills(architecture):
+    target = TARGETS[architecture]
+    for kernel, stride, dtype, back in product((3, 5), (1, 2), ("bfloat16", "float32"), (False, True)):
+        numbers = {"padding": kernel // 2, "stride": stride, "channels_last": True}
+        g = geometry((1, 144, 40, 41), (144, 1, kernel, kernel), **numbers)
+        g = channels_last.swapped(g) if back else g
+        tiles = [tile for tile in channels_last.tiles(g, dtype, target, True, back) if tile.at_once]
+        size = plan.DTYPES[dtype][1]
+        largest = max(tiles, key=lambda tile, g=g, back=back: channels_last._values_at_once(tile, g, size, back))
+        resources = kernels.compile_only(channels_last.tile_plan(g, dtype, largest, back), architecture)
+        assert resources.spill_bytes == 0, f"{largest} spills {resources.spill_bytes} bytes on {architecture}"
 
 
 SMALL_PLANES = {

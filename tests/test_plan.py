@@ -100,6 +100,29 @@ def test_the_default_of_wgrad():
     assert source((128, 1152, 7, 7), (5, 5), target=plan.TARGETS[80], padding=2) == "direct"
 
 
+def test_few_outputs_wait_for_memory_once():
+    """A patch of them loads all its rows of x at once, where registers hold these; one of many loads them in turn."""
+    last = {"channels_last": True}
+    for shape, kernel, stride in (
+        ((1, 512, 14, 14), 3, 1),
+        ((1, 144, 56, 56), 3, 1),
+        ((1, 144, 56, 56), 3, 2),
+        ((1, 672, 14, 14), 5, 1),
+    ):
+        g = geometry(shape, (shape[1], 1, kernel, kernel), padding=kernel // 2, stride=stride, **last)
+        for make, dtype in product(PASSES, ("float32", "float16", "bfloat16")):
+            chosen = make(g, dtype, H200)
+            assert chosen.source == "depthwise_channels_last"
+            assert dict(chosen.defines)["ROWS"] == dict(chosen.parameters)["rows"] > 0
+    for g in (
+        geometry((1, 512, 14, 14), (512, 1, 7, 7), padding=3, **last),
+        geometry((1, 512, 14, 14), (1024, 1, 3, 3), padding=1, **last),
+        geometry((1, 512, 14, 14), (512, 1, 3, 3), padding=2, dilation=2, **last),
+        geometry((64, 512, 14, 14), (512, 1, 3, 3), padding=1, **last),
+    ):
+        assert dict(plan.depthwise_forward(g, "float32", H200, "channels_last").defines)["ROWS"] == 0
+
+
 def test_the_default_of_channels_last():
     last = {"channels_last": True}
     for numbers in ({}, {"padding": 1}, {"stride": 2}, {"dilation": 12, "padding": 12}):
@@ -584,10 +607,12 @@ def test_the_number_of_channels_last_variants_is_bounded():
             chosen, _ = plan_or_reason(make, g, "float32", H200, "channels_last")
             for name, value in chosen.defines if chosen else ():
                 seen.setdefault(name, set()).add(value)
-    assert seen["COLUMNS"] <= set(channels_last._COLUMNS)
-    assert seen["DEPTH"] <= set(channels_last._DEPTHS)
-    assert seen["VECTOR"] <= {1, 2, 4}
-    assert all(len(values) <= 2 for name, values in seen.items() if name not in ("COLUMNS", "DEPTH", "VECTOR")), seen
+    rows = range(1, channels_last._ROWS_AT_ONCE + 1)
+    assert seen.pop("COLUMNS") <= set(channels_last._COLUMNS)
+    assert seen.pop("DEPTH") <= {*channels_last._DEPTHS, *((n - 1) * stride + 3 for n in rows for stride in (1, 2))}
+    assert seen.pop("ROWS") <= {0, *rows}
+    assert seen.pop("VECTOR") <= {1, 2, 4}
+    assert all(len(values) <= 2 for values in seen.values()), seen
 
 
 def test_the_number_of_variants_on_quads_is_bounded():

@@ -82,7 +82,7 @@ def test_an_element_at_half_of_its_bytes_is_copied(device, rng, arrays, layout):
 
 
 def test_plans_follow_the_variant_and_the_alignment(device, rng, arrays, monkeypatch):
-    """Neither is remembered with the check."""
+    """Kernels are remembered by both, beside the check."""
     taken = []
     x, w, _ = arrays
     memory = device.array(np.zeros(x.size + 16, np.float32))
@@ -91,9 +91,14 @@ def test_plans_follow_the_variant_and_the_alignment(device, rng, arrays, monkeyp
     with monkeypatch.context() as context:
         kernel = depthwise._forward_kernel
 
-        def noted(geometry, dtype, device_id, forced, aligned):
-            taken.append((forced, aligned))
-            return kernel(geometry, dtype, device_id, forced, aligned)
+        def noted(*of):
+            launch = kernel(*of)
+
+            def noted_launch(*addresses):
+                taken.append(of[-2:])
+                launch(*addresses)
+
+            return noted_launch
 
         context.setattr(depthwise, "_forward_kernel", noted)
         for start in starts:
@@ -216,3 +221,27 @@ def test_what_is_remembered_is_bounded(device, arrays, monkeypatch):
     for number in (0, 1, 0, 1, 2, 2, 0, 2):
         assert note(x, number) == number
     assert seen == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_thread_without_a_context_is_given_the_devices(device, arrays, monkeypatch, current):
+    """Found out by a launch that fails, and any other failure reaches the caller."""
+    x, w, _ = arrays
+    y = device.host(cuconv.depthwise_conv2d(x, w))
+    cuda = device.module.cuda
+    launch_kernel, set_to = cuda.driver.launchKernel, []
+
+    def refuse(*numbers):
+        if not set_to:
+            raise cuda.driver.CUDADriverError(201)
+        launch_kernel(*numbers)
+
+    monkeypatch.setattr(cuda.driver, "launchKernel", refuse)
+    monkeypatch.setattr(cuda.driver, "ctxGetCurrent", lambda: current)
+    monkeypatch.setattr(cuda.runtime, "setDevice", set_to.append, raising=False)
+    if current:
+        with pytest.raises(cuda.driver.CUDADriverError):
+            cuconv.depthwise_conv2d(x, w)
+    else:
+        np.testing.assert_array_equal(device.host(cuconv.depthwise_conv2d(x, w)), y)
+    assert set_to == ([] if current else [0])

@@ -340,7 +340,7 @@ def test_nan_poisons_its_receptive_field_in_the_largest_of_tiles(device, rng, ke
     [(False, "float16", 1), (False, "float32", 2), (True, "float32", 1), (True, "float16", 2)],
 )
 def test_channels_last(device, rng, transposed, dtype, stride):
-    """Every vector, number of columns and depth, and patches of few and of all rows."""
+    """Every vector, number of columns and depth, patches of few and all rows, and those that load all of x at once."""
     x, w, bias = oracle.random_arrays(rng, (2, 24, 13, 10), (24, 1, 3, 2), dtype)
     padding = ((1, 0), (1, 1))
     g = depthwise_geometry(x.shape, w.shape, stride=stride, padding=padding, channels_last=True)
@@ -348,7 +348,8 @@ def test_channels_last(device, rng, transposed, dtype, stride):
     of_tile = channels_last.swapped(g) if transposed else g
 
     def kinds(tile):
-        yield from fields(tile, "vector", "columns", "depth", "threads")
+        yield from fields(tile, "vector", "columns", "threads")
+        yield tile.at_once, tile.rows if tile.at_once else tile.depth
         yield "rows", min(tile.rows, 2 * stride), tile.rows >= of_tile.P
 
     choices = list(channels_last.tiles(of_tile, dtype, device.target, True, transposed))

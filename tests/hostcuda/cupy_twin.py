@@ -278,6 +278,10 @@ class _Kernel:
 _loaded: weakref.WeakValueDictionary[int, _Kernel] = weakref.WeakValueDictionary()
 
 
+class CUDADriverError(RuntimeError):
+    """What CuPy raises where the driver returns an error; the host's launches raise what went wrong."""
+
+
 def _launch_kernel(function: int, *numbers: int) -> None:
     """cuLaunchKernel: grid, block, shared memory, stream, the address of as many pointers as there are parameters, and
     nothing extra."""
@@ -293,8 +297,8 @@ def _launch_kernel(function: int, *numbers: int) -> None:
 
 cuda = SimpleNamespace(
     Device=Device,
-    driver=SimpleNamespace(ctxGetCurrent=lambda: 1, launchKernel=_launch_kernel),
-    get_current_stream=lambda: SimpleNamespace(ptr=0),
+    driver=SimpleNamespace(ctxGetCurrent=lambda: 1, launchKernel=_launch_kernel, CUDADriverError=CUDADriverError),
+    get_current_stream=lambda device_id: SimpleNamespace(ptr=0),
     runtime=SimpleNamespace(
         getDevice=lambda: 0,
         # Attributes are the names of settings.
