@@ -98,7 +98,7 @@ _WGRAD = {
     "direct": wgrad.direct,
 }
 
-_POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
+_POINTWISE = {"groups": pointwise.groups, "products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
 _SEPARABLE: dict[str, Callable[..., Plan | None]] = {"fused": separable.fused, "apart": lambda *_: None}
 _POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}

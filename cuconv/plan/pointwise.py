@@ -53,6 +53,121 @@ def products(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue,
     return tile_plan(g, dtype, turned, epilogue, target, _tile(g, DTYPES[dtype][1], turned), aligned)
 
 
+@dataclass(frozen=True, slots=True)
+class GroupsTile:
+    """What a block of cuda/pointwise_groups.cu makes at a time: see there."""
+
+    channels: int
+    products: int
+    groups: int
+    blocks: int
+    stages: int
+    resident: bool
+
+
+# Rows of a stage of weights and, channels-last, of images have so many bytes, and weights start at multiples of so many.
+_ROW_BYTES = 128
+_WEIGHT_ALIGNMENT = 1024
+
+
+def groups(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, aligned: bool) -> Plan:
+    """The plan of cuda/pointwise_groups.cu; turned as for `products`."""
+    if target.architecture != 90:
+        raise Unsuitable("needs products of warp groups, which compute capability 9.0 alone has")
+    if dtype == "float64":
+        raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
+    if g.stride != (1, 1):
+        raise Unsuitable("takes strides of 1")
+    depth = g.K if turned else g.C
+    if dtype == "float32" and not epilogue.allow_tf32 and depth < _LEAST_TERMS:
+        raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {depth}")
+    require_countable(g)
+    t = _groups_tile(g, dtype, turned, epilogue, target)
+    return groups_plan(g, dtype, turned, epilogue, target, t, aligned)
+
+
+def _groups_tile(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target) -> GroupsTile:
+    channels, depth = (g.C, g.K) if turned else (g.K, g.C)
+    size = DTYPES[dtype][1]
+    wide = 64 if channels <= 64 else 128
+    terms = 2 if dtype == "float32" and not epilogue.allow_tf32 else 1
+    resident = -(-depth * size // _ROW_BYTES) * terms * wide * _ROW_BYTES <= 80 * 1024
+    return GroupsTile(wide, 2, 2, 1, 3, resident)
+
+
+def groups_plan(
+    g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, t: GroupsTile, aligned: bool
+) -> Plan:
+    """The plan of a block's tile, Unsuitable where it does not fit."""
+    name, size = DTYPES[dtype]
+    channels, depth = (g.C, g.K) if turned else (g.K, g.C)
+    vector = VECTOR_BYTES // size if aligned else 1
+    plane, tile_pixels = g.P * g.Q, 64 * t.products
+    ragged = size == 2 and not g.channels_last and gcd(plane, vector) == 1
+    if size == 2 and (not aligned or (g.channels_last and gcd(depth, vector) == 1)):
+        raise Unsuitable("copies rows of 4 bytes or more")
+    if g.channels_last:
+        copy, store = gcd(depth, vector), gcd(channels, vector)
+    else:
+        copy, store = gcd(plane, vector), gcd(plane, vector, 2 * t.products)
+    image_tiles = -(-plane // tile_pixels)
+    pixels = g.N * plane
+    tiles = g.N * image_tiles if ragged else -(-pixels // tile_pixels)
+    chunks = -(-depth * size // _ROW_BYTES)
+    terms = 2 if dtype == "float32" and not epilogue.allow_tf32 else 1
+    rows = -(-channels // t.channels)
+    image_tile = tile_pixels * _ROW_BYTES if g.channels_last else _ROW_BYTES * (tile_pixels + 8)
+    shared = (
+        _WEIGHT_ALIGNMENT
+        + (chunks if t.resident else 2) * terms * t.channels * _ROW_BYTES
+        + t.groups * t.stages * image_tile
+        + 4 * t.channels
+    )
+    if shared > target.shared_per_block - SHARED_RESERVE:
+        raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
+    if rows > MAX_GRID[1]:
+        raise Unsuitable(f"takes up to {MAX_GRID[1] * t.channels} channels, and there are {channels}")
+    block_tiles = -(-tiles // t.groups)
+    at_once = min(t.blocks, target.shared_per_multiprocessor // (shared + SHARED_RESERVE))
+    columns = max(1, min(block_tiles, target.multiprocessors * max(1, at_once) // rows))
+    columns = -(-block_tiles // -(-block_tiles // columns))
+    image_tiles_magic, image_tiles_shift = _divisor(image_tiles)
+    return Plan(
+        source="pointwise_groups",
+        defines=(
+            ("T", name),
+            ("CHANNELS_LAST", int(g.channels_last)),
+            ("TURNED", int(turned)),
+            ("CHANNELS", t.channels),
+            ("PRODUCTS", t.products),
+            ("GROUPS", t.groups),
+            ("BLOCKS", t.blocks),
+            ("STAGES", t.stages),
+            ("RESIDENT", int(t.resident)),
+            ("COPY", copy),
+            ("RAGGED", int(ragged)),
+            ("WEIGHT_COPY", gcd(g.C, vector)),
+            ("STORE", store),
+            ("TERMS", terms),
+            ("ACTIVATION", epilogue.activation or "none"),
+        ),
+        grid=(columns, rows, 1),
+        block=128 * t.groups,
+        shared_bytes=shared,
+        parameters=(
+            ("pixels", pixels),
+            ("channels", channels),
+            ("depth", depth),
+            ("tiles", tiles),
+            ("image_tiles", image_tiles),
+            ("image_tiles_magic", image_tiles_magic),
+            ("image_tiles_shift", image_tiles_shift),
+            *pixels_parameters(g, "input", depth, of_x=not turned),
+            *pixels_parameters(g, "output", channels, of_x=turned),
+        ),
+    )
+
+
 def direct(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, aligned: bool) -> Plan:
     """The plan of cuda/pointwise_direct.cu."""
     require_countable(g)

@@ -1,0 +1,554 @@
+// Pointwise convolution by products of warp groups (sm_90a): forward, and the gradient of the input, which is the same
+// with the weights turned around.
+//
+// Outputs (pixels, channels) = images (pixels, depth) weights (depth, channels), where depth counts the channels of what
+// is read and pixels are those of all images, counted through. A warp group makes some channels of one tile of pixels
+// after the other. Its images pass through a ring of stages of its own in shared memory, copied there some stages ahead,
+// and from there through registers, where float32 is taken apart, every element once for all channels; weights are laid
+// out, and taken apart, in shared memory, where products find them. Which row of a product a pixel is, and which column
+// a channel, is chosen such that what lies side by side in memory is one thread's: results go there straight from
+// registers.
+//
+// Where all weights of a block stay in shared memory its warp groups know nothing of each other; where they do not, the
+// groups meet at every chunk of the depth, of which one is multiplied while the next is fetched.
+//
+// Compile-time values: T; CHANNELS_LAST; TURNED (whether the depth counts rows of w, as in dgrad, or its columns);
+// CHANNELS (of a block's tile); PRODUCTS (of 64 pixels, that are a group's tile); GROUPS (of warps); BLOCKS (that a
+// multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights of a block stay in
+// shared memory); COPY (elements of a copy of images: their rows and start are multiples of it); RAGGED (whether rows
+// are copied from boundary to boundary, for which a tile is of one image: then COPY says nothing); WEIGHT_COPY, STORE
+// (as COPY, of loads of weights and stores of results); TERMS (of an element of float32: 1 or 2, as in matrices.cuh);
+// ACTIVATION.
+#include "activations.cuh"
+#include "numbers.cuh"
+#include "pixels.cuh"
+
+using T = CUCONV_T;
+
+constexpr bool kChannelsLast = CUCONV_CHANNELS_LAST;
+constexpr bool kTurned = CUCONV_TURNED;
+constexpr int kChannels = CUCONV_CHANNELS;
+constexpr int kProducts = CUCONV_PRODUCTS;
+constexpr int kGroups = CUCONV_GROUPS;
+constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kStages = CUCONV_STAGES;
+constexpr bool kResident = CUCONV_RESIDENT;
+constexpr int kCopy = CUCONV_COPY;
+constexpr bool kRagged = CUCONV_RAGGED;
+constexpr int kWeightCopy = CUCONV_WEIGHT_COPY;
+constexpr int kStore = CUCONV_STORE;
+constexpr int kTerms = CUCONV_TERMS;
+
+constexpr int kWarp = 32;
+constexpr int kGroupThreads = 128;
+constexpr int kThreads = kGroups * kGroupThreads;
+constexpr int kSize = sizeof(T);
+constexpr int kVector = 16 / kSize;
+// A stage is as deep as rows of 128 bytes, and a product takes 32 bytes of them.
+constexpr int kRowBytes = 128;
+constexpr int kDepth = kRowBytes / kSize;
+constexpr int kSteps = 4;
+constexpr int kStepDepth = kDepth / kSteps;
+constexpr int kPixels = kProducts * 64;
+// Columns of one product.
+constexpr int kColumns = kChannels < 128 ? kChannels : 128;
+constexpr int kParts = kChannels / kColumns;
+// Pixels of a thread that lie side by side, but for channels-last.
+constexpr int kStrip = 2 * kProducts;
+
+// Rows of pixels are so far apart that what a warp reads at once lies in different banks.
+constexpr int kPitch = kPixels + 8;
+constexpr int kImageTile = kChannelsLast ? kPixels * kDepth : kDepth * kPitch;
+constexpr int kWeightTile = kChannels * kDepth;
+constexpr int kWeightAlignment = 1024;
+
+static_assert(kSize == 2 || kSize == 4);
+static_assert(kProducts == 1 || kProducts == 2);
+static_assert(kColumns == 64 || kColumns == 128);
+static_assert(kParts * kColumns == kChannels);
+static_assert(kStages >= 2, "a stage is copied while another is read");
+static_assert(!kRagged || (kSize == 2 && !kChannelsLast));
+static_assert(kRagged || kCopy * kSize >= 4);
+
+using Of = Pixels<kChannelsLast, false>;
+
+struct Parameters {
+  int pixels;    // of all images
+  int channels;  // of the result
+  int depth;     // channels of what is read
+  int tiles;     // of pixels: kGroups of them are a block's at a time
+  // Tiles of an image, where they are ragged.
+  int image_tiles;
+  uint32 image_tiles_magic;
+  int image_tiles_shift;
+  Of input;
+  Of output;
+};
+
+using Sums = float[kProducts][kParts][kColumns / 2];
+
+__device__ __forceinline__ void multiply(f16, float (&sum)[kColumns / 2], const uint32 (&a)[4], uint64 b) {
+  ptx::group_multiply_halves(sum, a, b);
+}
+__device__ __forceinline__ void multiply(bf16, float (&sum)[kColumns / 2], const uint32 (&a)[4], uint64 b) {
+  ptx::group_multiply_bfloat16s(sum, a, b);
+}
+__device__ __forceinline__ void multiply(f32, float (&sum)[kColumns / 2], const uint32 (&a)[4], uint64 b) {
+  ptx::group_multiply_tf32s(sum, a, b);
+}
+
+// Where 16 bytes of a row of 128 lie: in different banks for neighbouring rows.
+__device__ __forceinline__ int swizzled(int row, int sixteenth) {
+  return row * kDepth + (sixteenth ^ row % 8) * kVector;
+}
+
+// The channel of a column of the products, within a block's tile. Channels-last a thread, that has two neighbouring
+// columns of every eight, has 16 bytes of neighbouring channels.
+__device__ __forceinline__ int channel_of(int column) {
+  if (!kChannelsLast) return column;
+  constexpr int kSpan = 4 * kVector;
+  const int eight = column % kSpan / 8;
+  return column - column % kSpan + column % 8 / 2 * kVector + eight * 2 + column % 2;
+}
+__device__ __forceinline__ int column_of(int channel) {
+  if (!kChannelsLast) return channel;
+  constexpr int kSpan = 4 * kVector;
+  const int within = channel % kVector;
+  return channel - channel % kSpan + within / 2 * 8 + channel % kSpan / kVector * 2 + within % 2;
+}
+
+// A chunk of the weights of a block's channels on their way to shared memory, as columns of products. Turned, a thread
+// has some channels of as much of the depth as fills a word.
+struct WeightPieces {
+  static constexpr int kPair = kTurned ? 4 / kSize : 1;
+  static constexpr int kRow = kTurned ? kDepth / kPair : kDepth / kWeightCopy;
+  static constexpr int kItems = kRow * (kTurned ? kChannels / kWeightCopy : kChannels);
+  static constexpr int kOwn = (kItems + kThreads - 1) / kThreads;
+
+  Vector<T, kWeightCopy> piece[kOwn][kPair];
+
+  __device__ __forceinline__ void load(const T* w, int first_channel, int channels, int first_depth, int depths,
+                                       int thread) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int item = i * kThreads + thread;
+      const int row = item / kRow;
+      const int along = item % kRow;
+      const int channel = first_channel + (kTurned ? row * kWeightCopy : channel_of(row));
+      const int depth = first_depth + along * (kTurned ? kPair : kWeightCopy);
+#pragma unroll
+      for (int e = 0; e < kPair; ++e) {
+        piece[i][e] = {};
+        if ((kItems % kThreads == 0 || item < kItems) && channel < channels && depth + e < depths) {
+          const T* const from = kTurned ? w + static_cast<int64>(depth + e) * channels + channel
+                                        : w + static_cast<int64>(channel) * depths + depth;
+          piece[i][e] = *reinterpret_cast<const Vector<T, kWeightCopy>*>(from);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(T* tile, int thread) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int item = i * kThreads + thread;
+      if (kItems % kThreads != 0 && item >= kItems) break;
+      const int row = item / kRow;
+      const int along = item % kRow;
+      if constexpr (kTurned) {
+#pragma unroll
+        for (int e = 0; e < kWeightCopy; ++e) {
+          const int column = column_of(row * kWeightCopy + e);
+          const int depth = along * kPair;
+          T* const to = tile + swizzled(column, depth / kVector) + depth % kVector;
+          if constexpr (kSize == 2) {
+            *reinterpret_cast<Vector<T, 2>*>(to) = {piece[i][0].piece[e], piece[i][1].piece[e]};
+          } else {
+            put_terms(to, widen(piece[i][0].piece[e]));
+          }
+        }
+      } else {
+        const int depth = along * kWeightCopy;
+        T* const to = tile + swizzled(row, depth / kVector) + depth % kVector;
+        if constexpr (kSize == 2) {
+          *reinterpret_cast<Vector<T, kWeightCopy>*>(to) = piece[i][0];
+        } else {
+          Vector<T, kWeightCopy> upper, lower;
+#pragma unroll
+          for (int e = 0; e < kWeightCopy; ++e) {
+            const float value = widen(piece[i][0].piece[e]);
+            const float rounded = __uint_as_float(ptx::float_to_tf32(value));
+            upper.piece[e] = narrow<T>(rounded);
+            lower.piece[e] = narrow<T>(value - rounded);
+          }
+          *reinterpret_cast<Vector<T, kWeightCopy>*>(to) = upper;
+          if (kTerms == 2) *reinterpret_cast<Vector<T, kWeightCopy>*>(to + kWeightTile) = lower;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void put_terms(T* to, float value) {
+    const float upper = __uint_as_float(ptx::float_to_tf32(value));
+    to[0] = narrow<T>(upper);
+    if (kTerms == 2) to[kWeightTile] = narrow<T>(value - upper);
+  }
+};
+
+// What a lane has of a tile of images for one step of the depth: of every product a fragment, in terms.
+using Left = uint32[kProducts][kTerms][4];
+
+__device__ __forceinline__ void set_terms(Left& left, int product, int i, float value) {
+  left[product][0][i] = ptx::float_to_tf32(value);
+  // The products look at its 11 uppermost bits alone.
+  if constexpr (kTerms == 2) left[product][1][i] = __float_as_uint(value - __uint_as_float(left[product][0][i]));
+}
+
+// Of ragged tiles: by how many elements rows of the lane's two channels of eight lie behind a boundary.
+using Shifts = int[2];
+
+// kProducts words of a row of pixels from the lane's first on.
+__device__ __forceinline__ Vector<uint32, kProducts> strip_of(const T* row, int first, int shift) {
+  Vector<uint32, kProducts> strip;
+  if constexpr (kRagged) {
+    const uint32* const words = reinterpret_cast<const uint32*>(row) + (first + shift) / 2;
+    uint32 word[kProducts + 1];
+#pragma unroll
+    for (int i = 0; i <= kProducts; ++i) word[i] = words[i];
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i)
+      strip.piece[i] = __funnelshift_r(word[i], word[i + 1], shift % 2 * 16);
+  } else {
+    strip = *reinterpret_cast<const Vector<uint32, kProducts>*>(row + first);
+  }
+  return strip;
+}
+
+__device__ __forceinline__ void load_left(Left& left, const T* tile, int step, const Shifts& shift, int warp,
+                                          int lane) {
+  if constexpr (kChannelsLast) {
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product) {
+      const int first = product * 64 + warp * 16;
+      if constexpr (kSize == 2) {
+        ptx::load_matrices(tile + swizzled(first + lane % 16, step * 2 + lane / 16), left[product][0]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          set_terms(left, product, i, widen(tile[swizzled(first + lane / 4 + i % 2 * 8, step * 2 + i / 2) + lane % 4]));
+      }
+    }
+  } else {
+    const int first = (warp * 8 + lane / 4) * kStrip;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kSize == 2) {
+        const T* const row = tile + (step * kStepDepth + half * 8 + lane % 4 * 2) * kPitch;
+        const Vector<uint32, kProducts> even = strip_of(row, first, shift[0]);
+        const Vector<uint32, kProducts> odd = strip_of(row + kPitch, first, shift[1]);
+#pragma unroll
+        for (int product = 0; product < kProducts; ++product) {
+          left[product][0][half * 2] = __byte_perm(even.piece[product], odd.piece[product], 0x5410);
+          left[product][0][half * 2 + 1] = __byte_perm(even.piece[product], odd.piece[product], 0x7632);
+        }
+      } else {
+        const T* const row = tile + (step * kStepDepth + half * 4 + lane % 4) * kPitch;
+        const Vector<T, kStrip> strip = *reinterpret_cast<const Vector<T, kStrip>*>(row + first);
+#pragma unroll
+        for (int e = 0; e < kStrip; ++e) set_terms(left, e / 2, half * 2 + e % 2, widen(strip.piece[e]));
+      }
+    }
+  }
+}
+
+// Adds the products of a stage.
+__device__ __forceinline__ void multiply_stage(Sums& sum, const T* weights, const T* images, const Shifts& shift,
+                                               int warp, int lane) {
+  // A step's fragments are made while the products of the one before are under way.
+  Left left[2];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    load_left(left[step % 2], images, step, shift, warp, lane);
+    ptx::products_begin();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const T* const columns = weights + part * kColumns * kDepth + step * kStepDepth;
+      const uint64 upper = ptx::swizzled_columns(columns);
+#pragma unroll
+      for (int product = 0; product < kProducts; ++product) {
+        // The small ones first.
+        if constexpr (kTerms == 2) {
+          multiply(T{}, sum[product][part], left[step % 2][product][1], upper);
+          multiply(T{}, sum[product][part], left[step % 2][product][0], ptx::swizzled_columns(columns + kWeightTile));
+        }
+        multiply(T{}, sum[product][part], left[step % 2][product][0], upper);
+      }
+    }
+    ptx::products_commit();
+    if (step < kSteps - 1) {
+      ptx::products_wait<1>();
+    } else {
+      ptx::products_wait<0>();
+    }
+  }
+}
+
+// A tile of pixels of a group.
+struct PixelTile {
+  int first;         // pixel, of all or, ragged, of its image
+  int image;         // ragged
+  int end;           // behind the last pixel, counted as the first
+
+  __device__ __forceinline__ PixelTile(const Parameters& g, int tile) {
+    if (kRagged) {
+      image = divide_by(tile, g.image_tiles_magic, g.image_tiles_shift);
+      first = (tile - image * g.image_tiles) * kPixels;
+      end = tile < g.tiles ? g.input.plane : 0;
+    } else {
+      image = 0;
+      first = tile * kPixels;
+      end = g.pixels;
+    }
+  }
+
+  // Its pixel at `offset`, in a tensor.
+  __device__ __forceinline__ bool exists(int offset) const { return first + offset < end; }
+  __device__ __forceinline__ int64 element(const Of& of, int offset) const {
+    return kRagged ? static_cast<int64>(image) * of.channels * of.plane + first + offset : of.element(first + offset);
+  }
+};
+
+// One result, element by element, for what is not finite.
+__device__ __noinline__ float sum_plainly(const T* image, int64 image_apart, const T* w, int64 w_apart, int depth) {
+  float sum = 0;
+  for (int d = 0; d < depth; ++d) sum = fma(widen(image[d * image_apart]), widen(w[d * w_apart]), sum);
+  return sum;
+}
+
+// Brings a tile's sums, with their activation, to the result. again(channel, offset) is the sum made plainly, for what is
+// not finite.
+template <class Again>
+__device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelTile& at, const Parameters& g,
+                                        int first_channel, int warp, int lane, Again again) {
+  const auto finished = [&](float value, int channel, int offset) {
+    if (kTerms == 2 && !(fabsf(value) <= 3.4e38f)) value = again(channel, offset);
+    return activation::CUCONV_ACTIVATION(value);
+  };
+  if constexpr (kChannelsLast) {
+    constexpr int kSpan = 4 * kVector;
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int offset = product * 64 + warp * 16 + half * 8 + lane / 4;
+        if (!at.exists(offset)) continue;
+        T* const to = result + at.element(g.output, offset);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int span = 0; span < kColumns / kSpan; ++span) {
+            const int first = first_channel + part * kColumns + span * kSpan + lane % 4 * kVector;
+#pragma unroll
+            for (int piece = 0; piece < kVector; piece += kStore) {
+              if (first + piece >= g.channels) break;
+              float value[kStore];
+#pragma unroll
+              for (int e = 0; e < kStore; ++e) {
+                const int within = piece + e;
+                value[e] = finished(sum[product][part][(span * kVector + within / 2 * 2) * 2 + half * 2 + within % 2],
+                                    first + within, offset);
+              }
+              store_narrowed<kStore>(to + first + piece, value);
+            }
+          }
+      }
+  } else {
+    const int strip = (warp * 8 + lane / 4) * kStrip;
+#pragma unroll
+    for (int piece = 0; piece < kStrip; piece += kStore) {
+      if (!at.exists(strip + piece)) break;
+      T* const to = result + at.element(g.output, strip + piece);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; ++i) {
+          const int channel = first_channel + part * kColumns + i / 2 * 8 + lane % 4 * 2 + i % 2;
+          if (channel >= g.channels) break;
+          float value[kStore];
+#pragma unroll
+          for (int e = 0; e < kStore; ++e) {
+            const int pixel = piece + e;
+            value[e] = finished(sum[pixel / 2][part][i / 2 * 4 + pixel % 2 * 2 + i % 2], channel, strip + pixel);
+          }
+          store_narrowed<kStore>(to + static_cast<int64>(channel) * g.output.plane, value);
+        }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    pointwise_groups(const T* __restrict__ image, const T* __restrict__ w, const T* __restrict__ bias,
+                     T* __restrict__ result, const __grid_constant__ Parameters g) {
+  CUCONV_DYNAMIC_SHARED(unaligned);
+  const int beyond = static_cast<int>(reinterpret_cast<uint64>(unaligned) % kWeightAlignment);
+  unsigned char* const shared = unaligned + (kWeightAlignment - beyond) % kWeightAlignment;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group = thread / kGroupThreads;
+  const int group_thread = thread % kGroupThreads;
+  const int lane = thread % kWarp;
+  const int warp = group_thread / kWarp;
+  const int first_channel = static_cast<int>(blockIdx.y) * kChannels;
+  const int first_tile = static_cast<int>(blockIdx.x) * kGroups + group;
+  const int tiles_apart = static_cast<int>(gridDim.x) * kGroups;
+  const int chunks = (g.depth + kDepth - 1) / kDepth;
+
+  T* const weights = reinterpret_cast<T*>(shared);
+  T* const all_images = weights + (kResident ? chunks : 2) * kTerms * kWeightTile;
+  T* const images = all_images + group * kStages * kImageTile;
+  float* const biases = reinterpret_cast<float*>(all_images + kGroups * kStages * kImageTile);
+
+  // What is copied next: a thread has the same place in every row of a tile that is its own.
+  int tile_to_copy = first_tile;
+  int chunk_to_copy = 0;
+  bool found = false;
+  const T* source = image;
+  const auto copy = [&](int stage) {
+    if (tile_to_copy < g.tiles) {
+      T* const to = images + stage * kImageTile;
+      const PixelTile tile(g, tile_to_copy);
+      const int first_depth = chunk_to_copy * kDepth;
+      if constexpr (kRagged) {
+        // So many pieces of 16 bytes a row, from the boundary before its first element on.
+        constexpr int kPieces = kPixels / kVector + 1;
+        constexpr int kItems = kDepth * kPieces;
+        const int64 start = tile.element(g.input, 0);
+        const int64 all = static_cast<int64>(g.pixels) * g.depth;
+        const int count = min(kPixels, tile.end - tile.first);
+#pragma unroll
+        for (int i = 0; i < (kItems + kGroupThreads - 1) / kGroupThreads; ++i) {
+          const int item = i * kGroupThreads + group_thread;
+          if (kItems % kGroupThreads != 0 && item >= kItems) break;
+          const int row = item / kPieces;
+          const int piece = item - row * kPieces;
+          const int64 row_start = start + static_cast<int64>(first_depth + row) * g.input.plane;
+          const int64 from = row_start / kVector * kVector + piece * kVector;
+          const bool exists = first_depth + row < g.depth && from < row_start + count;
+          const int elements = exists ? static_cast<int>(min(static_cast<int64>(kVector), all - from)) : 0;
+          ptx::copy_async_part(to + row * kPitch + piece * kVector, exists ? image + from : image, elements * kSize);
+        }
+      } else {
+        constexpr int kPieces = (kChannelsLast ? kDepth : kPixels) / kCopy;
+        constexpr int kRows = kChannelsLast ? kPixels : kDepth;
+        constexpr int kRowsApart = kGroupThreads / kPieces;
+        static_assert(kRowsApart * kPieces == kGroupThreads && kRows % kRowsApart == 0);
+        const int row = group_thread / kPieces;
+        const int along = group_thread % kPieces * kCopy;
+        if (kChannelsLast) {
+          const int depth = first_depth + along;
+          source = image + static_cast<int64>(tile.first + row) * g.depth + depth;
+#pragma unroll
+          for (int i = 0; i < kRows / kRowsApart; ++i) {
+            const int pixel = i * kRowsApart + row;
+            const bool exists = depth < g.depth && tile.exists(pixel);
+            T* const place = to + swizzled(pixel, along / kVector) + along % kVector;
+            const T* const from = source + static_cast<int64>(i * kRowsApart) * g.depth;
+            ptx::copy_async_or_zeros<kCopy * kSize>(place, exists ? from : image, exists);
+          }
+        } else {
+          const bool pixel_exists = tile.exists(along);
+          if (!found) {
+            source = image;
+            if (pixel_exists) source += tile.element(g.input, along) + static_cast<int64>(row) * g.input.plane;
+            found = true;
+          }
+          const int64 apart = static_cast<int64>(kRowsApart) * g.input.plane;
+#pragma unroll
+          for (int i = 0; i < kRows / kRowsApart; ++i) {
+            const int depth = i * kRowsApart + row;
+            const bool exists = pixel_exists && first_depth + depth < g.depth;
+            ptx::copy_async_or_zeros<kCopy * kSize>(to + depth * kPitch + along, exists ? source : image, exists);
+            if (pixel_exists) source += apart;
+          }
+        }
+      }
+      if (++chunk_to_copy == chunks) {
+        chunk_to_copy = 0;
+        tile_to_copy += tiles_apart;
+        found = false;
+      }
+    }
+    ptx::copy_async_commit();
+  };
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
+
+  WeightPieces pieces;
+  for (int chunk = 0; chunk < (kResident ? chunks : 1); ++chunk) {
+    pieces.load(w, first_channel, g.channels, chunk * kDepth, g.depth, thread);
+    pieces.put(weights + chunk * kTerms * kWeightTile, thread);
+  }
+  for (int column = thread; column < kChannels; column += kThreads) {
+    const int channel = first_channel + channel_of(column);
+    biases[column] = bias != nullptr && channel < g.channels ? float(widen(bias[channel])) : 0.0f;
+  }
+  ptx::fence_shared_for_bulk();
+  __syncthreads();
+
+  int stage = 0;
+  int free_stage = kStages - 1;
+  int buffer = 0;  // of weights that do not stay
+#pragma unroll 1
+  for (int tile = first_tile; tile - group < g.tiles; tile += tiles_apart) {
+    if (kResident && tile >= g.tiles) break;
+    const PixelTile at(g, tile);
+    Shifts shift = {0, 0};
+    if constexpr (kRagged) {
+      // Eight rows of any plane start at a boundary again.
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        shift[i] = static_cast<int>((at.element(g.input, 0) + (lane % 4 * 2 + i) * g.input.plane) % kVector);
+    }
+    Sums sum;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float value = biases[part * kColumns + i * 8 + lane % 4 * 2 + e];
+#pragma unroll
+          for (int product = 0; product < kProducts; ++product)
+            sum[product][part][i * 4 + e] = sum[product][part][i * 4 + 2 + e] = value;
+        }
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      ptx::copy_async_wait<kStages - 2>();
+      if (kResident) {
+        ptx::group_sync(1 + group);
+      } else {
+        __syncthreads();
+      }
+      copy(free_stage);
+      const T* const own = weights + (kResident ? chunk : buffer) * kTerms * kWeightTile;
+      if (!kResident) {
+        const int next = chunk + 1 < chunks ? chunk + 1 : 0;
+        pieces.load(w, first_channel, g.channels, next * kDepth, g.depth, thread);
+      }
+      multiply_stage(sum, own, images + stage * kImageTile, shift, warp, lane);
+      if (!kResident) {
+        buffer = 1 - buffer;
+        pieces.put(weights + buffer * kTerms * kWeightTile, thread);
+        ptx::fence_shared_for_bulk();
+      }
+      free_stage = stage;
+      if (++stage == kStages) stage = 0;
+    }
+    deliver(sum, result, at, g, first_channel, warp, lane, [&](int channel, int offset) {
+      const int64 w_row = kTurned ? g.channels : g.depth;
+      const float plain = sum_plainly(image + at.element(g.input, offset), g.input.apart(),
+                                      w + channel * (kTurned ? 1 : w_row), kTurned ? w_row : 1, g.depth);
+      return bias != nullptr ? plain + float(widen(bias[channel])) : plain;
+    });
+  }
+  ptx::copy_async_wait<0>();
+}
