@@ -318,29 +318,22 @@ struct PixelTile {
   }
 };
 
-// One result, element by element, for what is not finite.
-__device__ __noinline__ float sum_plainly(const T* image, int64 image_apart, const T* w, int64 w_apart, int depth) {
-  float sum = 0;
-  for (int d = 0; d < depth; ++d) sum = fma(widen(image[d * image_apart]), widen(w[d * w_apart]), sum);
-  return sum;
+// The pixel of a tile that is row `half` * 8 + lane / 4 of a warp's 16 rows of a product.
+__device__ __forceinline__ int offset_of(int product, int half, int warp, int lane) {
+  if (kChannelsLast) return product * 64 + warp * 16 + half * 8 + lane / 4;
+  return (warp * 8 + lane / 4) * kStrip + product * 2 + half;
 }
 
-// Brings a tile's sums, with their activation, to the result. again(channel, offset) is the sum made plainly, for what is
-// not finite.
-template <class Again>
+// Brings a tile's sums, with their activation, to the result.
 __device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelTile& at, const Parameters& g,
-                                        int first_channel, int warp, int lane, Again again) {
-  const auto finished = [&](float value, int channel, int offset) {
-    if (kTerms == 2 && !(fabsf(value) <= 3.4e38f)) value = again(channel, offset);
-    return activation::CUCONV_ACTIVATION(value);
-  };
+                                        int first_channel, int warp, int lane) {
   if constexpr (kChannelsLast) {
     constexpr int kSpan = 4 * kVector;
 #pragma unroll
     for (int product = 0; product < kProducts; ++product)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int offset = product * 64 + warp * 16 + half * 8 + lane / 4;
+        const int offset = offset_of(product, half, warp, lane);
         if (!at.exists(offset)) continue;
         T* const to = result + at.element(g.output, offset);
 #pragma unroll
@@ -350,38 +343,64 @@ __device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelT
             const int first = first_channel + part * kColumns + span * kSpan + lane % 4 * kVector;
 #pragma unroll
             for (int piece = 0; piece < kVector; piece += kStore) {
-              if (first + piece >= g.channels) break;
               float value[kStore];
 #pragma unroll
               for (int e = 0; e < kStore; ++e) {
                 const int within = piece + e;
-                value[e] = finished(sum[product][part][(span * kVector + within / 2 * 2) * 2 + half * 2 + within % 2],
-                                    first + within, offset);
+                value[e] = activation::CUCONV_ACTIVATION(
+                    sum[product][part][(span * kVector + within / 2 * 2) * 2 + half * 2 + within % 2]);
               }
-              store_narrowed<kStore>(to + first + piece, value);
+              if (first + piece < g.channels) store_narrowed<kStore>(to + first + piece, value);
             }
           }
       }
   } else {
-    const int strip = (warp * 8 + lane / 4) * kStrip;
+    const int first_offset = offset_of(0, 0, warp, lane);
 #pragma unroll
     for (int piece = 0; piece < kStrip; piece += kStore) {
-      if (!at.exists(strip + piece)) break;
-      T* const to = result + at.element(g.output, strip + piece);
+      if (!at.exists(first_offset + piece)) break;
+      T* to = ptx::as_it_is(result + at.element(g.output, first_offset + piece) +
+                            static_cast<int64>(first_channel + lane % 4 * 2) * g.output.plane);
+      int left = g.channels - first_channel - lane % 4 * 2;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part)
+      for (int eight = 0; eight < kChannels / 8; ++eight) {
 #pragma unroll
-        for (int i = 0; i < kColumns / 4; ++i) {
-          const int channel = first_channel + part * kColumns + i / 2 * 8 + lane % 4 * 2 + i % 2;
-          if (channel >= g.channels) break;
+        for (int i = 0; i < 2; ++i) {
           float value[kStore];
 #pragma unroll
           for (int e = 0; e < kStore; ++e) {
             const int pixel = piece + e;
-            value[e] = finished(sum[pixel / 2][part][i / 2 * 4 + pixel % 2 * 2 + i % 2], channel, strip + pixel);
+            value[e] = activation::CUCONV_ACTIVATION(
+                sum[pixel / 2][eight * 8 / kColumns][eight * 8 % kColumns / 2 + pixel % 2 * 2 + i]);
           }
-          store_narrowed<kStore>(to + static_cast<int64>(channel) * g.output.plane, value);
+          if (i < left) store_narrowed<kStore>(to + (i > 0 ? g.output.plane : 0), value);
         }
+        to = ptx::as_it_is(to + 8 * static_cast<int64>(g.output.plane));
+        left -= 8;
+      }
+    }
+  }
+}
+
+// All of a lane's results, element by element: where one is not finite terms of float32 may not be its terms.
+__device__ __noinline__ void deliver_plainly(const T* image, const T* w, const T* bias, T* result, const PixelTile& at,
+                                             const Parameters& g, int first_channel, int warp, int lane) {
+  const int64 w_row = kTurned ? g.channels : g.depth;
+#pragma unroll 1
+  for (int i = 0; i < kStrip; ++i) {
+    const int offset = offset_of(i / 2, i % 2, warp, lane);
+    if (!at.exists(offset)) continue;
+    const T* const pixel = image + at.element(g.input, offset);
+    T* const to = result + at.element(g.output, offset);
+#pragma unroll 1
+    for (int j = 0; j < kChannels / 4; ++j) {
+      const int channel = first_channel + channel_of(j / 2 * 8 + lane % 4 * 2 + j % 2);
+      if (channel >= g.channels) continue;
+      float sum = bias != nullptr ? float(widen(bias[channel])) : 0.0f;
+#pragma unroll 1
+      for (int d = 0; d < g.depth; ++d)
+        sum = fma(widen(pixel[d * g.input.apart()]), widen(w[kTurned ? d * w_row + channel : channel * w_row + d]), sum);
+      to[channel * g.output.apart()] = narrow<T>(activation::CUCONV_ACTIVATION(sum));
     }
   }
 }
@@ -543,12 +562,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       free_stage = stage;
       if (++stage == kStages) stage = 0;
     }
-    deliver(sum, result, at, g, first_channel, warp, lane, [&](int channel, int offset) {
-      const int64 w_row = kTurned ? g.channels : g.depth;
-      const float plain = sum_plainly(image + at.element(g.input, offset), g.input.apart(),
-                                      w + channel * (kTurned ? 1 : w_row), kTurned ? w_row : 1, g.depth);
-      return bias != nullptr ? plain + float(widen(bias[channel])) : plain;
-    });
+    float check = 0;
+    if (kTerms == 2) {
+#pragma unroll
+      for (int product = 0; product < kProducts; ++product)
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int i = 0; i < kColumns / 2; ++i) check = fma(sum[product][part][i], 0.0f, check);
+    }
+    if (check == 0) {
+      deliver(sum, result, at, g, first_channel, warp, lane);
+    } else {
+      deliver_plainly(image, w, bias, result, at, g, first_channel, warp, lane);
+    }
   }
   ptx::copy_async_wait<0>();
 }

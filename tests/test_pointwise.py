@@ -16,7 +16,7 @@ from cuconv import plan, reference
 from cuconv.geometry import ACTIVATIONS, pointwise_geometry
 
 VARIANTS = ("groups", "products", "direct")
-WGRAD_VARIANTS = ("products", "direct")
+ON_ALL_DEVICES = ("products", "direct")
 LAYOUTS = ("nchw", "nhwc")
 # x, K, stride. Channels below, at and beyond tiles and stages; planes of every alignment, one and several a tile.
 CASES = {
@@ -115,7 +115,7 @@ def test_every_variant_of_dgrad_matches_float64(device, rng, x_shape, K, stride,
     guards.assert_untouched()
 
 
-@pytest.mark.parametrize(ARGUMENTS, list(all_cases(counted, WGRAD_VARIANTS)))
+@pytest.mark.parametrize(ARGUMENTS, list(all_cases(counted, ON_ALL_DEVICES)))
 def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, K, stride, dtype, layout, variant):
     x, w, _ = random_arrays(rng, x_shape, K, dtype)
     g = pointwise_geometry(x_shape, w.shape, stride=stride)
@@ -221,7 +221,7 @@ def test_infinities_and_nan_stay_in_their_pixels(device, rng, variant, dtype, la
     np.testing.assert_allclose(y[finite], expected[finite], rtol=0.01, atol=0.05)
 
 
-@pytest.mark.parametrize(("variant", "layout"), list(product(WGRAD_VARIANTS, LAYOUTS)))
+@pytest.mark.parametrize(("variant", "layout"), list(product(ON_ALL_DEVICES, LAYOUTS)))
 def test_infinities_stay_in_their_channels_of_wgrad(device, rng, variant, layout):
     x, _, _ = random_arrays(rng, (2, 20, 6, 7), 24, "float32")
     dy = rng.standard_normal((2, 24, 6, 7)).astype(np.float32)
@@ -235,7 +235,7 @@ def test_infinities_stay_in_their_channels_of_wgrad(device, rng, variant, layout
         assert np.isfinite(got).any()
 
 
-@pytest.mark.parametrize(("offset", "variant"), list(product((1, 3, 4), VARIANTS)))
+@pytest.mark.parametrize(("offset", "variant"), list(product((1, 3, 4), ON_ALL_DEVICES)))
 def test_arrays_at_any_offset(device, rng, offset, variant):
     x, w, _ = random_arrays(rng, (2, 16, 4, 4), 16, "float16")
     shifted = []
