@@ -23,7 +23,7 @@ _INCLUDE = re.compile(r'#include "([a-z_0-9]+\.cuh)"\n')
 # As CuPy spells it for its own kernels, whose check of the compiler then serves these too: 12 ms a process.
 _OPTIONS = ("--std=c++17",)
 # Sources that take what an architecture alone has, and no newer one.
-_OF_ONE_ARCHITECTURE = {"pointwise_groups": "sm_90a"}
+_OF_ONE_ARCHITECTURE = {"pointwise_groups": "sm_90a", "pointwise_wgrad_groups": "sm_90a"}
 # What a block may hold without asking for more.
 _DEFAULT_SHARED_BYTES = 48 * 1024
 # A kernel's arrays, at most.

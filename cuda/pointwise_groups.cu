@@ -12,60 +12,28 @@
 // Where all weights of a block stay in shared memory its warp groups know nothing of each other; where they do not, the
 // groups meet at every chunk of the depth, of which one is multiplied while the next is fetched.
 //
-// Compile-time values: T; CHANNELS_LAST; TURNED (whether the depth counts rows of w, as in dgrad, or its columns);
-// CHANNELS (of a block's tile); PRODUCTS (of 64 pixels, that are a group's tile); GROUPS (of warps); BLOCKS (that a
-// multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights of a block stay in
-// shared memory); COPY (elements of a copy of images: their rows and start are multiples of it); RAGGED (whether rows
-// are copied from boundary to boundary, for which a tile is of one image: then COPY says nothing); WEIGHT_COPY, STORE
-// (as COPY, of loads of weights and stores of results); TERMS (of an element of float32: 1 or 2, as in matrices.cuh);
-// ACTIVATION.
+// Compile-time values: those of groups.cuh, of which COLUMNS are the channels of a block's tile, PRODUCTS are of 64
+// pixels, and RAGGED says whether rows are copied from boundary to boundary, for which a tile is of one image;
+// CHANNELS_LAST; TURNED (whether the depth counts rows of w, as in dgrad, or its columns); GROUPS (of warps); BLOCKS
+// (that a multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights of a block stay
+// in shared memory); COPY (elements of a copy of images, that are not ragged: their rows and start are multiples of it);
+// WEIGHT_COPY, STORE (likewise, of loads of weights and stores of results); ACTIVATION.
 #include "activations.cuh"
-#include "numbers.cuh"
-#include "pixels.cuh"
-
-using T = CUCONV_T;
+#include "groups.cuh"
 
 constexpr bool kChannelsLast = CUCONV_CHANNELS_LAST;
 constexpr bool kTurned = CUCONV_TURNED;
-constexpr int kChannels = CUCONV_CHANNELS;
-constexpr int kProducts = CUCONV_PRODUCTS;
 constexpr int kGroups = CUCONV_GROUPS;
 constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kStages = CUCONV_STAGES;
 constexpr bool kResident = CUCONV_RESIDENT;
 constexpr int kCopy = CUCONV_COPY;
-constexpr bool kRagged = CUCONV_RAGGED;
 constexpr int kWeightCopy = CUCONV_WEIGHT_COPY;
 constexpr int kStore = CUCONV_STORE;
-constexpr int kTerms = CUCONV_TERMS;
 
-constexpr int kWarp = 32;
-constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroups * kGroupThreads;
-constexpr int kSize = sizeof(T);
-constexpr int kVector = 16 / kSize;
-// A stage is as deep as rows of 128 bytes, and a product takes 32 bytes of them.
-constexpr int kRowBytes = 128;
-constexpr int kDepth = kRowBytes / kSize;
-constexpr int kSteps = 4;
-constexpr int kStepDepth = kDepth / kSteps;
-constexpr int kPixels = kProducts * 64;
-// Columns of one product.
-constexpr int kColumns = kChannels < 128 ? kChannels : 128;
-constexpr int kParts = kChannels / kColumns;
-// Pixels of a thread that lie side by side, but for channels-last.
-constexpr int kStrip = 2 * kProducts;
+constexpr int kImageTile = kChannelsLast ? kRows * kDepth : kDepth * kPitch;
 
-// Rows of pixels are so far apart that what a warp reads at once lies in different banks.
-constexpr int kPitch = kPixels + 8;
-constexpr int kImageTile = kChannelsLast ? kPixels * kDepth : kDepth * kPitch;
-constexpr int kWeightTile = kChannels * kDepth;
-constexpr int kWeightAlignment = 1024;
-
-static_assert(kSize == 2 || kSize == 4);
-static_assert(kProducts == 1 || kProducts == 2);
-static_assert(kColumns == 64 || kColumns == 128);
-static_assert(kParts * kColumns == kChannels);
 static_assert(kStages >= 2, "a stage is copied while another is read");
 static_assert(!kRagged || (kSize == 2 && !kChannelsLast));
 static_assert(kRagged || kCopy * kSize >= 4);
@@ -85,23 +53,6 @@ struct Parameters {
   Of output;
 };
 
-using Sums = float[kProducts][kParts][kColumns / 2];
-
-__device__ __forceinline__ void multiply(f16, float (&sum)[kColumns / 2], const uint32 (&a)[4], uint64 b) {
-  ptx::group_multiply_halves(sum, a, b);
-}
-__device__ __forceinline__ void multiply(bf16, float (&sum)[kColumns / 2], const uint32 (&a)[4], uint64 b) {
-  ptx::group_multiply_bfloat16s(sum, a, b);
-}
-__device__ __forceinline__ void multiply(f32, float (&sum)[kColumns / 2], const uint32 (&a)[4], uint64 b) {
-  ptx::group_multiply_tf32s(sum, a, b);
-}
-
-// Where 16 bytes of a row of 128 lie: in different banks for neighbouring rows.
-__device__ __forceinline__ int swizzled(int row, int sixteenth) {
-  return row * kDepth + (sixteenth ^ row % 8) * kVector;
-}
-
 // The channel of a column of the products, within a block's tile. Channels-last a thread, that has two neighbouring
 // columns of every eight, has 16 bytes of neighbouring channels.
 __device__ __forceinline__ int channel_of(int column) {
@@ -117,182 +68,6 @@ __device__ __forceinline__ int column_of(int channel) {
   return channel - channel % kSpan + within / 2 * 8 + channel % kSpan / kVector * 2 + within % 2;
 }
 
-// A chunk of the weights of a block's channels on their way to shared memory, as columns of products. Turned, a thread
-// has some channels of as much of the depth as fills a word.
-struct WeightPieces {
-  static constexpr int kPair = kTurned ? 4 / kSize : 1;
-  static constexpr int kRow = kTurned ? kDepth / kPair : kDepth / kWeightCopy;
-  static constexpr int kItems = kRow * (kTurned ? kChannels / kWeightCopy : kChannels);
-  static constexpr int kOwn = (kItems + kThreads - 1) / kThreads;
-
-  Vector<T, kWeightCopy> piece[kOwn][kPair];
-
-  __device__ __forceinline__ void load(const T* w, int first_channel, int channels, int first_depth, int depths,
-                                       int thread) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int item = i * kThreads + thread;
-      const int row = item / kRow;
-      const int along = item % kRow;
-      const int channel = first_channel + (kTurned ? row * kWeightCopy : channel_of(row));
-      const int depth = first_depth + along * (kTurned ? kPair : kWeightCopy);
-#pragma unroll
-      for (int e = 0; e < kPair; ++e) {
-        piece[i][e] = {};
-        if ((kItems % kThreads == 0 || item < kItems) && channel < channels && depth + e < depths) {
-          const T* const from = kTurned ? w + static_cast<int64>(depth + e) * channels + channel
-                                        : w + static_cast<int64>(channel) * depths + depth;
-          piece[i][e] = *reinterpret_cast<const Vector<T, kWeightCopy>*>(from);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void put(T* tile, int thread) const {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int item = i * kThreads + thread;
-      if (kItems % kThreads != 0 && item >= kItems) break;
-      const int row = item / kRow;
-      const int along = item % kRow;
-      if constexpr (kTurned) {
-#pragma unroll
-        for (int e = 0; e < kWeightCopy; ++e) {
-          const int column = column_of(row * kWeightCopy + e);
-          const int depth = along * kPair;
-          T* const to = tile + swizzled(column, depth / kVector) + depth % kVector;
-          if constexpr (kSize == 2) {
-            *reinterpret_cast<Vector<T, 2>*>(to) = {piece[i][0].piece[e], piece[i][1].piece[e]};
-          } else {
-            put_terms(to, widen(piece[i][0].piece[e]));
-          }
-        }
-      } else {
-        const int depth = along * kWeightCopy;
-        T* const to = tile + swizzled(row, depth / kVector) + depth % kVector;
-        if constexpr (kSize == 2) {
-          *reinterpret_cast<Vector<T, kWeightCopy>*>(to) = piece[i][0];
-        } else {
-          Vector<T, kWeightCopy> upper, lower;
-#pragma unroll
-          for (int e = 0; e < kWeightCopy; ++e) {
-            const float value = widen(piece[i][0].piece[e]);
-            const float rounded = __uint_as_float(ptx::float_to_tf32(value));
-            upper.piece[e] = narrow<T>(rounded);
-            lower.piece[e] = narrow<T>(value - rounded);
-          }
-          *reinterpret_cast<Vector<T, kWeightCopy>*>(to) = upper;
-          if (kTerms == 2) *reinterpret_cast<Vector<T, kWeightCopy>*>(to + kWeightTile) = lower;
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ static void put_terms(T* to, float value) {
-    const float upper = __uint_as_float(ptx::float_to_tf32(value));
-    to[0] = narrow<T>(upper);
-    if (kTerms == 2) to[kWeightTile] = narrow<T>(value - upper);
-  }
-};
-
-// What a lane has of a tile of images for one step of the depth: of every product a fragment, in terms.
-using Left = uint32[kProducts][kTerms][4];
-
-__device__ __forceinline__ void set_terms(Left& left, int product, int i, float value) {
-  left[product][0][i] = ptx::float_to_tf32(value);
-  // The products look at its 11 uppermost bits alone.
-  if constexpr (kTerms == 2) left[product][1][i] = __float_as_uint(value - __uint_as_float(left[product][0][i]));
-}
-
-// Of ragged tiles: by how many elements rows of the lane's two channels of eight lie behind a boundary.
-using Shifts = int[2];
-
-// kProducts words of a row of pixels from the lane's first on.
-__device__ __forceinline__ Vector<uint32, kProducts> strip_of(const T* row, int first, int shift) {
-  Vector<uint32, kProducts> strip;
-  if constexpr (kRagged) {
-    const uint32* const words = reinterpret_cast<const uint32*>(row) + (first + shift) / 2;
-    uint32 word[kProducts + 1];
-#pragma unroll
-    for (int i = 0; i <= kProducts; ++i) word[i] = words[i];
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i)
-      strip.piece[i] = __funnelshift_r(word[i], word[i + 1], shift % 2 * 16);
-  } else {
-    strip = *reinterpret_cast<const Vector<uint32, kProducts>*>(row + first);
-  }
-  return strip;
-}
-
-__device__ __forceinline__ void load_left(Left& left, const T* tile, int step, const Shifts& shift, int warp,
-                                          int lane) {
-  if constexpr (kChannelsLast) {
-#pragma unroll
-    for (int product = 0; product < kProducts; ++product) {
-      const int first = product * 64 + warp * 16;
-      if constexpr (kSize == 2) {
-        ptx::load_matrices(tile + swizzled(first + lane % 16, step * 2 + lane / 16), left[product][0]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          set_terms(left, product, i, widen(tile[swizzled(first + lane / 4 + i % 2 * 8, step * 2 + i / 2) + lane % 4]));
-      }
-    }
-  } else {
-    const int first = (warp * 8 + lane / 4) * kStrip;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (kSize == 2) {
-        const T* const row = tile + (step * kStepDepth + half * 8 + lane % 4 * 2) * kPitch;
-        const Vector<uint32, kProducts> even = strip_of(row, first, shift[0]);
-        const Vector<uint32, kProducts> odd = strip_of(row + kPitch, first, shift[1]);
-#pragma unroll
-        for (int product = 0; product < kProducts; ++product) {
-          left[product][0][half * 2] = __byte_perm(even.piece[product], odd.piece[product], 0x5410);
-          left[product][0][half * 2 + 1] = __byte_perm(even.piece[product], odd.piece[product], 0x7632);
-        }
-      } else {
-        const T* const row = tile + (step * kStepDepth + half * 4 + lane % 4) * kPitch;
-        const Vector<T, kStrip> strip = *reinterpret_cast<const Vector<T, kStrip>*>(row + first);
-#pragma unroll
-        for (int e = 0; e < kStrip; ++e) set_terms(left, e / 2, half * 2 + e % 2, widen(strip.piece[e]));
-      }
-    }
-  }
-}
-
-// Adds the products of a stage.
-__device__ __forceinline__ void multiply_stage(Sums& sum, const T* weights, const T* images, const Shifts& shift,
-                                               int warp, int lane) {
-  // A step's fragments are made while the products of the one before are under way.
-  Left left[2];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    load_left(left[step % 2], images, step, shift, warp, lane);
-    ptx::products_begin();
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const T* const columns = weights + part * kColumns * kDepth + step * kStepDepth;
-      const uint64 upper = ptx::swizzled_columns(columns);
-#pragma unroll
-      for (int product = 0; product < kProducts; ++product) {
-        // The small ones first.
-        if constexpr (kTerms == 2) {
-          multiply(T{}, sum[product][part], left[step % 2][product][1], upper);
-          multiply(T{}, sum[product][part], left[step % 2][product][0], ptx::swizzled_columns(columns + kWeightTile));
-        }
-        multiply(T{}, sum[product][part], left[step % 2][product][0], upper);
-      }
-    }
-    ptx::products_commit();
-    if (step < kSteps - 1) {
-      ptx::products_wait<1>();
-    } else {
-      ptx::products_wait<0>();
-    }
-  }
-}
-
 // A tile of pixels of a group.
 struct PixelTile {
   int first;         // pixel, of all or, ragged, of its image
@@ -302,11 +77,11 @@ struct PixelTile {
   __device__ __forceinline__ PixelTile(const Parameters& g, int tile) {
     if (kRagged) {
       image = divide_by(tile, g.image_tiles_magic, g.image_tiles_shift);
-      first = (tile - image * g.image_tiles) * kPixels;
+      first = (tile - image * g.image_tiles) * kRows;
       end = tile < g.tiles ? g.input.plane : 0;
     } else {
       image = 0;
-      first = tile * kPixels;
+      first = tile * kRows;
       end = g.pixels;
     }
   }
@@ -321,7 +96,7 @@ struct PixelTile {
 // The pixel of a tile that is row `half` * 8 + lane / 4 of a warp's 16 rows of a product.
 __device__ __forceinline__ int offset_of(int product, int half, int warp, int lane) {
   if (kChannelsLast) return product * 64 + warp * 16 + half * 8 + lane / 4;
-  return (warp * 8 + lane / 4) * kStrip + product * 2 + half;
+  return strip_offset(warp, lane) + product * 2 + half;
 }
 
 // Brings a tile's sums, with their activation, to the result.
@@ -339,8 +114,8 @@ __device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelT
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
 #pragma unroll
-          for (int span = 0; span < kColumns / kSpan; ++span) {
-            const int first = first_channel + part * kColumns + span * kSpan + lane % 4 * kVector;
+          for (int span = 0; span < kPartColumns / kSpan; ++span) {
+            const int first = first_channel + part * kPartColumns + span * kSpan + lane % 4 * kVector;
 #pragma unroll
             for (int piece = 0; piece < kVector; piece += kStore) {
               float value[kStore];
@@ -363,7 +138,7 @@ __device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelT
                             static_cast<int64>(first_channel + lane % 4 * 2) * g.output.plane);
       int left = g.channels - first_channel - lane % 4 * 2;
 #pragma unroll
-      for (int eight = 0; eight < kChannels / 8; ++eight) {
+      for (int eight = 0; eight < kColumns / 8; ++eight) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float value[kStore];
@@ -371,7 +146,7 @@ __device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelT
           for (int e = 0; e < kStore; ++e) {
             const int pixel = piece + e;
             value[e] = activation::CUCONV_ACTIVATION(
-                sum[pixel / 2][eight * 8 / kColumns][eight * 8 % kColumns / 2 + pixel % 2 * 2 + i]);
+                sum[pixel / 2][eight * 8 / kPartColumns][eight * 8 % kPartColumns / 2 + pixel % 2 * 2 + i]);
           }
           if (i < left) store_narrowed<kStore>(to + (i > 0 ? g.output.plane : 0), value);
         }
@@ -393,7 +168,7 @@ __device__ __noinline__ void deliver_plainly(const T* image, const T* w, const T
     const T* const pixel = image + at.element(g.input, offset);
     T* const to = result + at.element(g.output, offset);
 #pragma unroll 1
-    for (int j = 0; j < kChannels / 4; ++j) {
+    for (int j = 0; j < kColumns / 4; ++j) {
       const int channel = first_channel + channel_of(j / 2 * 8 + lane % 4 * 2 + j % 2);
       if (channel >= g.channels) continue;
       float sum = bias != nullptr ? float(widen(bias[channel])) : 0.0f;
@@ -409,20 +184,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     pointwise_groups(const T* __restrict__ image, const T* __restrict__ w, const T* __restrict__ bias,
                      T* __restrict__ result, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(unaligned);
-  const int beyond = static_cast<int>(reinterpret_cast<uint64>(unaligned) % kWeightAlignment);
-  unsigned char* const shared = unaligned + (kWeightAlignment - beyond) % kWeightAlignment;
+  unsigned char* const shared = aligned_for_right(unaligned);
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread / kGroupThreads;
   const int group_thread = thread % kGroupThreads;
   const int lane = thread % kWarp;
   const int warp = group_thread / kWarp;
-  const int first_channel = static_cast<int>(blockIdx.y) * kChannels;
+  const int first_channel = static_cast<int>(blockIdx.y) * kColumns;
   const int first_tile = static_cast<int>(blockIdx.x) * kGroups + group;
   const int tiles_apart = static_cast<int>(gridDim.x) * kGroups;
   const int chunks = (g.depth + kDepth - 1) / kDepth;
 
   T* const weights = reinterpret_cast<T*>(shared);
-  T* const all_images = weights + (kResident ? chunks : 2) * kTerms * kWeightTile;
+  T* const all_images = weights + (kResident ? chunks : 2) * kTerms * kRightTile;
   T* const images = all_images + group * kStages * kImageTile;
   float* const biases = reinterpret_cast<float*>(all_images + kGroups * kStages * kImageTile);
 
@@ -438,11 +212,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       const int first_depth = chunk_to_copy * kDepth;
       if constexpr (kRagged) {
         // So many pieces of 16 bytes a row, from the boundary before its first element on.
-        constexpr int kPieces = kPixels / kVector + 1;
+        constexpr int kPieces = kRows / kVector + 1;
         constexpr int kItems = kDepth * kPieces;
         const int64 start = tile.element(g.input, 0);
         const int64 all = static_cast<int64>(g.pixels) * g.depth;
-        const int count = min(kPixels, tile.end - tile.first);
+        const int count = min(kRows, tile.end - tile.first);
 #pragma unroll
         for (int i = 0; i < (kItems + kGroupThreads - 1) / kGroupThreads; ++i) {
           const int item = i * kGroupThreads + group_thread;
@@ -456,17 +230,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           ptx::copy_async_part(to + row * kPitch + piece * kVector, exists ? image + from : image, elements * kSize);
         }
       } else {
-        constexpr int kPieces = (kChannelsLast ? kDepth : kPixels) / kCopy;
-        constexpr int kRows = kChannelsLast ? kPixels : kDepth;
+        constexpr int kPieces = (kChannelsLast ? kDepth : kRows) / kCopy;
+        constexpr int kTileRows = kChannelsLast ? kRows : kDepth;
         constexpr int kRowsApart = kGroupThreads / kPieces;
-        static_assert(kRowsApart * kPieces == kGroupThreads && kRows % kRowsApart == 0);
+        static_assert(kRowsApart * kPieces == kGroupThreads && kTileRows % kRowsApart == 0);
         const int row = group_thread / kPieces;
         const int along = group_thread % kPieces * kCopy;
         if (kChannelsLast) {
           const int depth = first_depth + along;
           source = image + static_cast<int64>(tile.first + row) * g.depth + depth;
 #pragma unroll
-          for (int i = 0; i < kRows / kRowsApart; ++i) {
+          for (int i = 0; i < kTileRows / kRowsApart; ++i) {
             const int pixel = i * kRowsApart + row;
             const bool exists = depth < g.depth && tile.exists(pixel);
             T* const place = to + swizzled(pixel, along / kVector) + along % kVector;
@@ -482,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           }
           const int64 apart = static_cast<int64>(kRowsApart) * g.input.plane;
 #pragma unroll
-          for (int i = 0; i < kRows / kRowsApart; ++i) {
+          for (int i = 0; i < kTileRows / kRowsApart; ++i) {
             const int depth = i * kRowsApart + row;
             const bool exists = pixel_exists && first_depth + depth < g.depth;
             ptx::copy_async_or_zeros<kCopy * kSize>(to + depth * kPitch + along, exists ? source : image, exists);
@@ -501,12 +275,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
 
-  WeightPieces pieces;
+  using Pieces = RightPieces<kTurned, kWeightCopy, kThreads>;
+  Pieces pieces;
+  const auto load_weights = [&](int chunk) {
+    const int first_depth = chunk * kDepth + Pieces::depth_of(thread);
+    pieces.load(thread, [&](int column, int e) -> const T* {
+      const int channel = first_channel + column;
+      const int depth = first_depth + e;
+      if (channel >= g.channels || depth >= g.depth) return nullptr;
+      return kTurned ? w + static_cast<int64>(depth) * g.channels + channel
+                     : w + static_cast<int64>(channel) * g.depth + depth;
+    });
+  };
   for (int chunk = 0; chunk < (kResident ? chunks : 1); ++chunk) {
-    pieces.load(w, first_channel, g.channels, chunk * kDepth, g.depth, thread);
-    pieces.put(weights + chunk * kTerms * kWeightTile, thread);
+    load_weights(chunk);
+    pieces.put(weights + chunk * kTerms * kRightTile, thread, column_of);
   }
-  for (int column = thread; column < kChannels; column += kThreads) {
+  for (int column = thread; column < kColumns; column += kThreads) {
     const int channel = first_channel + channel_of(column);
     biases[column] = bias != nullptr && channel < g.channels ? float(widen(bias[channel])) : 0.0f;
   }
@@ -531,10 +316,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
-      for (int i = 0; i < kColumns / 8; ++i)
+      for (int i = 0; i < kPartColumns / 8; ++i)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float value = biases[part * kColumns + i * 8 + lane % 4 * 2 + e];
+          const float value = biases[part * kPartColumns + i * 8 + lane % 4 * 2 + e];
 #pragma unroll
           for (int product = 0; product < kProducts; ++product)
             sum[product][part][i * 4 + e] = sum[product][part][i * 4 + 2 + e] = value;
@@ -548,30 +333,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         __syncthreads();
       }
       copy(free_stage);
-      const T* const own = weights + (kResident ? chunk : buffer) * kTerms * kWeightTile;
-      if (!kResident) {
-        const int next = chunk + 1 < chunks ? chunk + 1 : 0;
-        pieces.load(w, first_channel, g.channels, next * kDepth, g.depth, thread);
-      }
-      multiply_stage(sum, own, images + stage * kImageTile, shift, warp, lane);
+      const T* const own = weights + (kResident ? chunk : buffer) * kTerms * kRightTile;
+      if (!kResident) load_weights(chunk + 1 < chunks ? chunk + 1 : 0);
+      multiply_stage(sum, own, [&](Left& left, int step) {
+        if constexpr (kChannelsLast) {
+          load_left_of_rows(left, images + stage * kImageTile, step, warp, lane);
+        } else {
+          load_left_of_strips(left, images + stage * kImageTile, step, shift, warp, lane);
+        }
+      });
       if (!kResident) {
         buffer = 1 - buffer;
-        pieces.put(weights + buffer * kTerms * kWeightTile, thread);
+        pieces.put(weights + buffer * kTerms * kRightTile, thread, column_of);
         ptx::fence_shared_for_bulk();
       }
       free_stage = stage;
       if (++stage == kStages) stage = 0;
     }
-    float check = 0;
-    if (kTerms == 2) {
-#pragma unroll
-      for (int product = 0; product < kProducts; ++product)
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-          for (int i = 0; i < kColumns / 2; ++i) check = fma(sum[product][part][i], 0.0f, check);
-    }
-    if (check == 0) {
+    if (all_finite(sum)) {
       deliver(sum, result, at, g, first_channel, warp, lane);
     } else {
       deliver_plainly(image, w, bias, result, at, g, first_channel, warp, lane);

@@ -101,7 +101,7 @@ _WGRAD = {
 _POINTWISE = {"groups": pointwise.groups, "products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
 _SEPARABLE: dict[str, Callable[..., Plan | None]] = {"fused": separable.fused, "apart": lambda *_: None}
-_POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
+_POINTWISE_WGRAD = {"groups": pointwise.wgrad_groups, "products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
 
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from ..geometry import PointwiseGeometry
@@ -65,25 +65,35 @@ class GroupsTile:
     resident: bool
 
 
-# Rows of a stage of weights and, channels-last, of images have so many bytes, and weights start at multiples of so many.
+# Rows of a stage of weights and, channels-last, of images have so many bytes, and right factors start at multiples of so many.
 _ROW_BYTES = 128
-_WEIGHT_ALIGNMENT = 1024
+_RIGHT_ALIGNMENT = 1024
 
 
 def groups(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target, aligned: bool) -> Plan:
     """The plan of cuda/pointwise_groups.cu; turned as for `products`."""
+    _require_groups(g, dtype, g.K if turned else g.C, epilogue.allow_tf32, target)
+    g = _of_pixels(g)
+    t = _groups_tile(g, dtype, turned, epilogue, target)
+    return groups_plan(g, dtype, turned, epilogue, target, t, aligned)
+
+
+def _require_groups(g: PointwiseGeometry, dtype: str, terms: int, allow_tf32: bool, target: Target) -> None:
+    """Refuse what kernels of warp groups do not take; sums have so many terms."""
     if target.architecture != 90:
         raise Unsuitable("needs products of warp groups, which compute capability 9.0 alone has")
     if dtype == "float64":
         raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
     if g.stride != (1, 1):
         raise Unsuitable("takes strides of 1")
-    depth = g.K if turned else g.C
-    if dtype == "float32" and not epilogue.allow_tf32 and depth < _LEAST_TERMS:
-        raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {depth}")
+    if dtype == "float32" and not allow_tf32 and terms < _LEAST_TERMS:
+        raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {terms}")
     require_countable(g)
-    t = _groups_tile(g, dtype, turned, epilogue, target)
-    return groups_plan(g, dtype, turned, epilogue, target, t, aligned)
+
+
+def _of_pixels(g: PointwiseGeometry) -> PointwiseGeometry:
+    """The same convolution with images of one pixel as channels-last, which they are too: its rows are longer."""
+    return replace(g, channels_last=True) if g.H * g.W == 1 else g
 
 
 def _groups_tile(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue, target: Target) -> GroupsTile:
@@ -118,7 +128,7 @@ def groups_plan(
     rows = -(-channels // t.channels)
     image_tile = tile_pixels * _ROW_BYTES if g.channels_last else _ROW_BYTES * (tile_pixels + 8)
     shared = (
-        _WEIGHT_ALIGNMENT
+        _RIGHT_ALIGNMENT
         + (chunks if t.resident else 2) * terms * t.channels * _ROW_BYTES
         + t.groups * t.stages * image_tile
         + 4 * t.channels
@@ -138,7 +148,7 @@ def groups_plan(
             ("T", name),
             ("CHANNELS_LAST", int(g.channels_last)),
             ("TURNED", int(turned)),
-            ("CHANNELS", t.channels),
+            ("COLUMNS", t.channels),
             ("PRODUCTS", t.products),
             ("GROUPS", t.groups),
             ("BLOCKS", t.blocks),
@@ -248,6 +258,86 @@ def wgrad_products(
         ),
         grid=(row_tiles * column_tiles, slabs, 1),
         block=32 * t.row_warps * t.column_warps,
+        shared_bytes=shared,
+        parameters=(
+            ("pixels", pixels),
+            ("slab_pixels", slab),
+            ("C", g.C),
+            ("K", g.K),
+            ("row_tiles", row_tiles),
+            *pixels_parameters(g, "x", g.C, of_x=True),
+            *pixels_parameters(g, "dy", g.K, of_x=False),
+        ),
+    )
+    return with_reduce_of(sums, slabs, g.K, g.C, dtype, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class WgradGroupsTile:
+    """What a block of cuda/pointwise_wgrad_groups.cu makes: see there; slabs is how many there may be at most."""
+
+    columns: int
+    products: int
+    groups: int
+    blocks: int
+    stages: int
+    slabs: int
+
+
+def wgrad_groups(
+    g: PointwiseGeometry, dtype: str, bias: bool, allow_tf32: bool, target: Target, aligned: bool
+) -> WgradPlan:
+    """The plan of cuda/pointwise_wgrad_groups.cu."""
+    _require_groups(g, dtype, g.N * g.P * g.Q, allow_tf32, target)
+    g = _of_pixels(g)
+    return wgrad_groups_plan(g, dtype, bias, allow_tf32, target, _wgrad_groups_tile(g, dtype, target), aligned)
+
+
+def _wgrad_groups_tile(g: PointwiseGeometry, dtype: str, target: Target) -> WgradGroupsTile:
+    columns = 64 if g.C <= 64 else 128
+    groups, products = (1, 1) if g.K <= 64 else (2, 1) if g.K <= 128 else (2, 2)
+    blocks = 2 if products == 1 else 1
+    tiles = -(-g.K // (groups * products * 64)) * -(-g.C // columns)
+    return WgradGroupsTile(columns, products, groups, blocks, 3, max(1, blocks * target.multiprocessors // tiles))
+
+
+def wgrad_groups_plan(
+    g: PointwiseGeometry, dtype: str, bias: bool, allow_tf32: bool, target: Target, t: WgradGroupsTile, aligned: bool
+) -> WgradPlan:
+    """The plan of a block's tile, Unsuitable where it does not fit."""
+    name, size = DTYPES[dtype]
+    vector = VECTOR_BYTES // size if aligned else 1
+    dy_copy, x_copy = (gcd(g.K, vector), gcd(g.C, vector)) if g.channels_last else 2 * (gcd(g.P * g.Q, vector),)
+    if dy_copy * size < 4:
+        raise Unsuitable("copies rows of 4 bytes or more")
+    pixels = g.N * g.P * g.Q
+    terms = 2 if dtype == "float32" and not allow_tf32 else 1
+    depth, rows = _ROW_BYTES // size, 64 * t.products
+    dy_tile = _ROW_BYTES * (rows + 8) if g.channels_last else rows * _ROW_BYTES
+    shared = _RIGHT_ALIGNMENT + 2 * terms * t.columns * _ROW_BYTES + t.groups * t.stages * dy_tile
+    if shared > target.shared_per_block - SHARED_RESERVE:
+        raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
+    row_tiles, column_tiles = -(-g.K // (t.groups * rows)), -(-g.C // t.columns)
+    slab = -(-(-(-pixels // min(t.slabs, MAX_GRID[1]))) // depth) * depth
+    slabs = -(-pixels // slab)
+    sums = Plan(
+        source="pointwise_wgrad_groups",
+        defines=(
+            ("T", name),
+            ("CHANNELS_LAST", int(g.channels_last)),
+            ("BIAS", int(bias)),
+            ("COLUMNS", t.columns),
+            ("PRODUCTS", t.products),
+            ("GROUPS", t.groups),
+            ("BLOCKS", t.blocks),
+            ("STAGES", t.stages),
+            ("DY_COPY", dy_copy),
+            ("X_COPY", x_copy),
+            ("RAGGED", 0),
+            ("TERMS", terms),
+        ),
+        grid=(row_tiles * column_tiles, slabs, 1),
+        block=128 * t.groups,
         shared_bytes=shared,
         parameters=(
             ("pixels", pixels),
