@@ -85,6 +85,39 @@ __device__ __forceinline__ void put_right(T* to, const Vector<T, kCount>& elemen
   }
 }
 
+// Begins to copy kTileRows rows of kRow elements, kPitch apart, of 16 bits at any address: each from the boundary of 16
+// bytes before its first element on. Rows of the tensor, of `all` elements, are a plane apart; of the tile the first
+// `rows` exist, `count` elements of each, and others become zeros.
+template <int kThreads, int kTileRows, int kRow, int kPitch>
+__device__ __forceinline__ void copy_ragged(T* to, const T* tensor, int64 start, int plane, int rows, int count,
+                                            int64 all, int thread) {
+  constexpr int kPieces = kRow / kVector + 1;
+  constexpr int kItems = kTileRows * kPieces;
+#pragma unroll
+  for (int i = 0; i < (kItems + kThreads - 1) / kThreads; ++i) {
+    const int item = i * kThreads + thread;
+    if (kItems % kThreads != 0 && item >= kItems) break;
+    const int row = item / kPieces;
+    const int piece = item - row * kPieces;
+    const int64 row_start = start + static_cast<int64>(row) * plane;
+    const int64 from = row_start / kVector * kVector + piece * kVector;
+    const bool exists = row < rows && from < row_start + count;
+    const int elements = exists ? static_cast<int>(min(static_cast<int64>(kVector), all - from)) : 0;
+    ptx::copy_async_part(to + row * kPitch + piece * kVector, exists ? tensor + from : tensor, elements * kSize);
+  }
+}
+
+// A word of a ragged row, of which `row` is the first boundary and the element `at` the word's first.
+__device__ __forceinline__ uint32 ragged_word(const T* row, int at) {
+  const uint32* const words = reinterpret_cast<const uint32*>(row) + at / 2;
+  return __funnelshift_r(words[0], words[1], at % 2 * 16);
+}
+
+// Of a word of 16-bit elements those of which there are `left`.
+__device__ __forceinline__ uint32 first_of_word(uint32 word, int left) {
+  return left >= 2 ? word : left == 1 ? word & 0xffff : 0;
+}
+
 // A chunk of the right factor on its way from memory to shared memory, in pieces of kPiece elements. Where memory runs
 // along the depth a thread has rows of columns; where it runs along the columns (kTurned) it has some columns of as much
 // of the depth as fills a word. Either way all that is a thread's lies at one place of the depth.
@@ -185,6 +218,23 @@ __device__ __forceinline__ void load_left_of_rows(Left& left, const T* tile, int
         set_terms(left, product, i,
                   widen(tile[swizzled(first + lane / 4 + i % 2 * 8, step * 2 + i / 2) + lane % 4]));
     }
+  }
+}
+
+// Likewise of ragged rows of 16-bit elements, kDepth + kVector apart, of which `count` exist; others become zeros.
+__device__ __forceinline__ void load_left_of_ragged_rows(Left& left, const T* tile, int step, int shift, int count,
+                                                         int warp, int lane) {
+#pragma unroll
+  for (int last = 0; last < 2; ++last) {
+    const int depth = step * kStepDepth + last * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = product * 64 + warp * 16 + half * 8 + lane / 4;
+        const uint32 word = ragged_word(tile + row * (kDepth + kVector), shift + depth);
+        left[product][0][last * 2 + half] = first_of_word(word, count - depth);
+      }
   }
 }
 

@@ -211,24 +211,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       const PixelTile tile(g, tile_to_copy);
       const int first_depth = chunk_to_copy * kDepth;
       if constexpr (kRagged) {
-        // So many pieces of 16 bytes a row, from the boundary before its first element on.
-        constexpr int kPieces = kRows / kVector + 1;
-        constexpr int kItems = kDepth * kPieces;
-        const int64 start = tile.element(g.input, 0);
-        const int64 all = static_cast<int64>(g.pixels) * g.depth;
-        const int count = min(kRows, tile.end - tile.first);
-#pragma unroll
-        for (int i = 0; i < (kItems + kGroupThreads - 1) / kGroupThreads; ++i) {
-          const int item = i * kGroupThreads + group_thread;
-          if (kItems % kGroupThreads != 0 && item >= kItems) break;
-          const int row = item / kPieces;
-          const int piece = item - row * kPieces;
-          const int64 row_start = start + static_cast<int64>(first_depth + row) * g.input.plane;
-          const int64 from = row_start / kVector * kVector + piece * kVector;
-          const bool exists = first_depth + row < g.depth && from < row_start + count;
-          const int elements = exists ? static_cast<int>(min(static_cast<int64>(kVector), all - from)) : 0;
-          ptx::copy_async_part(to + row * kPitch + piece * kVector, exists ? image + from : image, elements * kSize);
-        }
+        const int64 start = tile.element(g.input, 0) + static_cast<int64>(first_depth) * g.input.plane;
+        copy_ragged<kGroupThreads, kDepth, kRows, kPitch>(to, image, start, g.input.plane, g.depth - first_depth,
+                                                          tile.end - tile.first,
+                                                          static_cast<int64>(g.pixels) * g.depth, group_thread);
       } else {
         constexpr int kPieces = (kChannelsLast ? kDepth : kRows) / kCopy;
         constexpr int kTileRows = kChannelsLast ? kRows : kDepth;

@@ -1,13 +1,15 @@
 // Pointwise convolution, gradients of the weights and the bias, by products of warp groups (sm_90a).
 //
-// dw (k, c) = dy (k, pixels) x (pixels, c), with the pixels of all images counted through. A block makes a tile of dw
+// dw (k, c) = dy (k, pixels) x (pixels, c), with the pixels of all images counted through or, ragged, with as many more
+// of each that stages are of one image. A block makes a tile of dw
 // from a slab of the pixels, every warp group some rows of it. Stages of dy, the left factor, pass through a ring in
 // shared memory, copied there some stages ahead; x, the right one, passes through registers on its way there, one stage
-// ahead, and is taken apart and turned around on the way. dbias sums the left factor's elements as they pass.
+// ahead, and is taken apart and turned around on the way; ragged, both pass through the ring. dbias sums the left factor's elements as they pass.
 //
-// Compile-time values: those of groups.cuh, of which COLUMNS are input channels, and RAGGED is 0; CHANNELS_LAST; BIAS
-// (whether dbias is summed too); GROUPS (of warps); BLOCKS (that a multiprocessor is to hold, which bounds the
-// registers); STAGES; DY_COPY, X_COPY (elements of a copy: their rows and start are multiples of it).
+// Compile-time values: those of groups.cuh, of which COLUMNS are input channels, and RAGGED says whether rows are
+// copied from boundary to boundary; CHANNELS_LAST; BIAS (whether dbias is summed too); GROUPS (of warps); BLOCKS (that a
+// multiprocessor is to hold, which bounds the registers); STAGES; DY_COPY, X_COPY (elements of a copy, where they are
+// not ragged: their rows and start are multiples of it).
 #include "groups.cuh"
 
 constexpr bool kChannelsLast = CUCONV_CHANNELS_LAST;
@@ -19,19 +21,27 @@ constexpr int kDyCopy = CUCONV_DY_COPY;
 constexpr int kXCopy = CUCONV_X_COPY;
 
 constexpr int kThreads = kGroups * kGroupThreads;
-constexpr int kDyTile = kChannelsLast ? kDepth * kPitch : kRows * kDepth;
+constexpr int kRaggedPitch = kDepth + kVector;
+constexpr int kDyTile = kChannelsLast ? kDepth * kPitch : kRows * (kRagged ? kRaggedPitch : kDepth);
+constexpr int kRaggedXTile = kRagged ? kColumns * kRaggedPitch : 0;
+// Stages that have landed when one is multiplied: ragged, x of the next one is turned into columns then.
+constexpr int kLanded = kRagged ? 2 : 1;
 
-static_assert(kStages >= 2, "a stage is copied while another is read");
-static_assert(kDyCopy * kSize >= 4);
-static_assert(!kRagged);
+static_assert(kStages > kLanded, "a stage is copied while another is read");
+static_assert(kRagged || kDyCopy * kSize >= 4);
+static_assert(!kRagged || (kSize == 2 && !kChannelsLast));
 
 using Of = Pixels<kChannelsLast, false>;
 
 struct Parameters {
-  int pixels;       // of all images
+  int pixels;       // of all images; ragged, of each so many that stages are of one
   int slab_pixels;  // a multiple of what a stage is deep
   int C, K;
   int row_tiles;
+  // Stages of an image, where they are ragged.
+  int image_stages;
+  uint32 image_stages_magic;
+  int image_stages_shift;
   Of x;
   Of dy;
 };
@@ -41,6 +51,22 @@ __device__ __forceinline__ int row_of(int product, int half, int warp, int lane)
   if (!kChannelsLast) return product * 64 + warp * 16 + half * 8 + lane / 4;
   return strip_offset(warp, lane) + product * 2 + half;
 }
+
+// Of ragged stages: the image of one, its first pixel there, and how many there are from it on.
+struct Place {
+  int image, first, count;
+
+  __device__ __forceinline__ Place(const Parameters& g, int pixel) {
+    const int stage = pixel / kDepth;
+    image = divide_by(stage, g.image_stages_magic, g.image_stages_shift);
+    first = (stage - image * g.image_stages) * kDepth;
+    count = min(kDepth, g.x.plane - first);
+  }
+
+  __device__ __forceinline__ int64 element(const Of& of, int channel) const {
+    return (static_cast<int64>(image) * of.channels + channel) * of.plane + first;
+  }
+};
 
 // Adds a lane's elements of a step to the sums of its rows.
 template <class Element>
@@ -80,41 +106,52 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int end = min(g.pixels, begin + g.slab_pixels);
 
   T* const x_tiles = reinterpret_cast<T*>(shared);
-  T* const dy_tiles = x_tiles + 2 * kTerms * kRightTile + group * kStages * kDyTile;
+  T* const ragged_x_tiles = x_tiles + 2 * kTerms * kRightTile;
+  T* const dy_tiles = ragged_x_tiles + kStages * kRaggedXTile + group * kStages * kDyTile;
 
   int next = begin;
   const auto copy = [&](int stage) {
     if (next < end) {
       T* const to = dy_tiles + stage * kDyTile;
-      constexpr int kPieces = (kChannelsLast ? kRows : kDepth) / kDyCopy;
-      constexpr int kTileRows = kChannelsLast ? kDepth : kRows;
-      constexpr int kRowsApart = kGroupThreads / kPieces;
-      static_assert(kRowsApart * kPieces == kGroupThreads && kTileRows % kRowsApart == 0);
-      const int first_row = group_thread / kPieces;
-      const int along = group_thread % kPieces * kDyCopy;
-      if constexpr (kChannelsLast) {
-        const bool channel_exists = k0 + along < g.K;
-        const T* const source = dy + static_cast<int64>(next + first_row) * g.K + k0 + along;
-#pragma unroll
-        for (int i = 0; i < kTileRows / kRowsApart; ++i) {
-          const int row = i * kRowsApart + first_row;
-          const bool exists = channel_exists && next + row < end;
-          const T* const from = source + static_cast<int64>(i * kRowsApart) * g.K;
-          ptx::copy_async_or_zeros<kDyCopy * kSize>(to + row * kPitch + along, exists ? from : dy, exists);
-        }
+      if constexpr (kRagged) {
+        const Place at(g, next);
+        const int64 pixels = static_cast<int64>(g.pixels / kDepth / g.image_stages) * g.x.plane;
+        copy_ragged<kGroupThreads, kRows, kDepth, kRaggedPitch>(to, dy, at.element(g.dy, k0), g.dy.plane, g.K - k0,
+                                                                at.count, pixels * g.K, group_thread);
+        copy_ragged<kThreads, kColumns, kDepth, kRaggedPitch>(ragged_x_tiles + stage * kRaggedXTile, x,
+                                                              at.element(g.x, c0), g.x.plane, g.C - c0, at.count,
+                                                              pixels * g.C, thread);
       } else {
-        const bool pixel_exists = next + along < end;
-        const int64 apart = static_cast<int64>(kRowsApart) * g.dy.plane;
-        const T* source = dy;
-        if (pixel_exists)
-          source += g.dy.element(next + along) + static_cast<int64>(k0 + first_row) * g.dy.plane;
+        constexpr int kPieces = (kChannelsLast ? kRows : kDepth) / kDyCopy;
+        constexpr int kTileRows = kChannelsLast ? kDepth : kRows;
+        constexpr int kRowsApart = kGroupThreads / kPieces;
+        static_assert(kRowsApart * kPieces == kGroupThreads && kTileRows % kRowsApart == 0);
+        const int first_row = group_thread / kPieces;
+        const int along = group_thread % kPieces * kDyCopy;
+        if constexpr (kChannelsLast) {
+          const bool channel_exists = k0 + along < g.K;
+          const T* const source = dy + static_cast<int64>(next + first_row) * g.K + k0 + along;
 #pragma unroll
-        for (int i = 0; i < kTileRows / kRowsApart; ++i) {
-          const int row = i * kRowsApart + first_row;
-          const bool exists = pixel_exists && k0 + row < g.K;
-          T* const place = to + swizzled(row, along / kVector) + along % kVector;
-          ptx::copy_async_or_zeros<kDyCopy * kSize>(place, exists ? source : dy, exists);
-          if (pixel_exists) source += apart;
+          for (int i = 0; i < kTileRows / kRowsApart; ++i) {
+            const int row = i * kRowsApart + first_row;
+            const bool exists = channel_exists && next + row < end;
+            const T* const from = source + static_cast<int64>(i * kRowsApart) * g.K;
+            ptx::copy_async_or_zeros<kDyCopy * kSize>(to + row * kPitch + along, exists ? from : dy, exists);
+          }
+        } else {
+          const bool pixel_exists = next + along < end;
+          const int64 apart = static_cast<int64>(kRowsApart) * g.dy.plane;
+          const T* source = dy;
+          if (pixel_exists)
+            source += g.dy.element(next + along) + static_cast<int64>(k0 + first_row) * g.dy.plane;
+#pragma unroll
+          for (int i = 0; i < kTileRows / kRowsApart; ++i) {
+            const int row = i * kRowsApart + first_row;
+            const bool exists = pixel_exists && k0 + row < g.K;
+            T* const place = to + swizzled(row, along / kVector) + along % kVector;
+            ptx::copy_async_or_zeros<kDyCopy * kSize>(place, exists ? source : dy, exists);
+            if (pixel_exists) source += apart;
+          }
         }
       }
       next += kDepth;
@@ -135,8 +172,35 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     });
   };
   const auto as_it_is = [](int column) { return column; };
-  load_x(begin);
-  pieces.put(x_tiles, thread, as_it_is);
+  // Ragged, x of a stage that has landed.
+  const auto turn_x = [&](int first, int from_stage, T* to) {
+    constexpr int kItems = kColumns * kDepth / kVector;
+    const Place at(g, first);
+    const T* const from = ragged_x_tiles + from_stage * kRaggedXTile;
+#pragma unroll
+    for (int i = 0; i < (kItems + kThreads - 1) / kThreads; ++i) {
+      const int item = i * kThreads + thread;
+      if (kItems % kThreads != 0 && item >= kItems) break;
+      const int column = item / (kDepth / kVector);
+      const int sixteenth = item % (kDepth / kVector);
+      const int shift = static_cast<int>(at.element(g.x, c0 + column) % kVector);
+      Vector<uint32, 4> words;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int depth = sixteenth * kVector + 2 * e;
+        words.piece[e] = first_of_word(ragged_word(from + column * kRaggedPitch, shift + depth), at.count - depth);
+      }
+      *reinterpret_cast<Vector<uint32, 4>*>(to + swizzled(column, sixteenth)) = words;
+    }
+  };
+  if constexpr (kRagged) {
+    ptx::copy_async_wait<kStages - 2>();
+    __syncthreads();
+    turn_x(begin, 0, x_tiles);
+  } else {
+    load_x(begin);
+    pieces.put(x_tiles, thread, as_it_is);
+  }
   ptx::fence_shared_for_bulk();
 
   const bool sums_bias = kBias && c0 == 0;
@@ -147,13 +211,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   int buffer = 0;
 #pragma unroll 1
   for (int first = begin; first < end; first += kDepth) {
-    ptx::copy_async_wait<kStages - 2>();
+    ptx::copy_async_wait<kStages - 1 - kLanded>();
     __syncthreads();
     copy(free_stage);
-    load_x(first + kDepth);
+    if constexpr (!kRagged) load_x(first + kDepth);
     const T* const dy_tile = dy_tiles + stage * kDyTile;
+    int shift = 0;
+    int count = 0;
+    if constexpr (kRagged) {
+      const Place at(g, first);
+      // Eight rows of any plane start at a boundary again.
+      shift = static_cast<int>(at.element(g.dy, k0 + lane / 4) % kVector);
+      count = at.count;
+    }
     multiply_stage(sum, x_tiles + buffer * kTerms * kRightTile, [&](Left& left, int step) {
-      if constexpr (kChannelsLast) {
+      if constexpr (kRagged) {
+        load_left_of_ragged_rows(left, dy_tile, step, shift, count, warp, lane);
+      } else if constexpr (kChannelsLast) {
         const Shifts none = {0, 0};
         load_left_of_strips(left, dy_tile, step, none, warp, lane);
       } else {
@@ -161,11 +235,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       if (sums_bias) add_rows(T{}, sum_of_rows, left);
     });
-    buffer = 1 - buffer;
-    pieces.put(x_tiles + buffer * kTerms * kRightTile, thread, as_it_is);
-    ptx::fence_shared_for_bulk();
     free_stage = stage;
     if (++stage == kStages) stage = 0;
+    buffer = 1 - buffer;
+    T* const next_x_tile = x_tiles + buffer * kTerms * kRightTile;
+    if constexpr (kRagged) {
+      if (first + kDepth < end) turn_x(first + kDepth, stage, next_x_tile);
+    } else {
+      pieces.put(next_x_tile, thread, as_it_is);
+    }
+    ptx::fence_shared_for_bulk();
   }
   ptx::copy_async_wait<0>();
 

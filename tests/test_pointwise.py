@@ -75,7 +75,7 @@ def groups_take(dtype, layout, x_shape, K, terms):
 
 
 def groups_take_wgrad(dtype, layout, x_shape, K, terms):
-    return copied_by_words(dtype, *((x_shape[1], K) if layout == "nhwc" else (x_shape[2] * x_shape[3],)))
+    return layout == "nchw" or copied_by_words(dtype, x_shape[1], K)
 
 
 def all_cases(terms_of, groups_take=groups_take):

@@ -308,18 +308,25 @@ def wgrad_groups_plan(
     name, size = DTYPES[dtype]
     vector = VECTOR_BYTES // size if aligned else 1
     dy_copy, x_copy = (gcd(g.K, vector), gcd(g.C, vector)) if g.channels_last else 2 * (gcd(g.P * g.Q, vector),)
-    if dy_copy * size < 4:
+    ragged = size == 2 and aligned and not g.channels_last and dy_copy == 1
+    if not ragged and min(dy_copy, x_copy if g.channels_last else dy_copy) * size < 4:
         raise Unsuitable("copies rows of 4 bytes or more")
-    pixels = g.N * g.P * g.Q
     terms = 2 if dtype == "float32" and not allow_tf32 else 1
     depth, rows = _ROW_BYTES // size, 64 * t.products
-    dy_tile = _ROW_BYTES * (rows + 8) if g.channels_last else rows * _ROW_BYTES
-    shared = _RIGHT_ALIGNMENT + 2 * terms * t.columns * _ROW_BYTES + t.groups * t.stages * dy_tile
+    image_stages = -(-g.P * g.Q // depth)
+    pixels = g.N * (image_stages * depth if ragged else g.P * g.Q)
+    if ragged:
+        row_bytes = _ROW_BYTES + VECTOR_BYTES
+        ring = t.stages * (t.groups * rows + t.columns) * row_bytes
+    else:
+        ring = t.groups * t.stages * (_ROW_BYTES * (rows + 8) if g.channels_last else rows * _ROW_BYTES)
+    shared = _RIGHT_ALIGNMENT + 2 * terms * t.columns * _ROW_BYTES + ring
     if shared > target.shared_per_block - SHARED_RESERVE:
         raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
     row_tiles, column_tiles = -(-g.K // (t.groups * rows)), -(-g.C // t.columns)
     slab = -(-(-(-pixels // min(t.slabs, MAX_GRID[1]))) // depth) * depth
     slabs = -(-pixels // slab)
+    image_stages_magic, image_stages_shift = _divisor(image_stages)
     sums = Plan(
         source="pointwise_wgrad_groups",
         defines=(
@@ -333,7 +340,7 @@ def wgrad_groups_plan(
             ("STAGES", t.stages),
             ("DY_COPY", dy_copy),
             ("X_COPY", x_copy),
-            ("RAGGED", 0),
+            ("RAGGED", int(ragged)),
             ("TERMS", terms),
         ),
         grid=(row_tiles * column_tiles, slabs, 1),
@@ -345,6 +352,9 @@ def wgrad_groups_plan(
             ("C", g.C),
             ("K", g.K),
             ("row_tiles", row_tiles),
+            ("image_stages", image_stages),
+            ("image_stages_magic", image_stages_magic),
+            ("image_stages_shift", image_stages_shift),
             *pixels_parameters(g, "x", g.C, of_x=True),
             *pixels_parameters(g, "dy", g.K, of_x=False),
         ),
