@@ -1,9 +1,11 @@
 // Products of warp groups (sm_90a), as pointwise_groups.cu and pointwise_wgrad_groups.cu make them: the left factor, of
 // 64 rows a product, passes through registers, where float32 is taken apart, every element once for all columns; the
-// right one lies in shared memory, laid out, and taken apart, by those who bring it there.
+// right one lies in shared memory: 16-bit elements as they are, in columns or in rows, float32 in columns, turned around
+// and taken apart by those who bring it there.
 //
 // Compile-time values: T; TERMS (of an element of float32: 1 or 2, as in matrices.cuh); PRODUCTS (one below the other,
-// of a warp group); COLUMNS (of all products); RAGGED (whether rows of shared memory start behind a boundary: see
+// of a warp group); COLUMNS (of all products); RIGHT_ALONG_COLUMNS (whether memory runs along the columns of the right
+// factor, and not along its depth); RAGGED (whether rows of shared memory start behind a boundary: see
 // `Shifts`).
 #pragma once
 #include "numbers.cuh"
@@ -13,6 +15,7 @@ using T = CUCONV_T;
 
 constexpr int kTerms = CUCONV_TERMS;
 constexpr int kProducts = CUCONV_PRODUCTS;
+constexpr bool kRightAlongColumns = CUCONV_RIGHT_ALONG_COLUMNS;
 constexpr bool kRagged = CUCONV_RAGGED;
 
 constexpr int kWarp = 32;
@@ -36,18 +39,25 @@ constexpr int kPitch = kRows + 8;
 // The right factor starts at a multiple of so many bytes.
 constexpr int kRightAlignment = 1024;
 constexpr int kRightTile = kColumns * kDepth;
+// Whether the right factor is copied as it is, and whether in rows: of 64 columns, further ones behind all of the depth.
+constexpr bool kRightAsItIs = kSize == 2;
+constexpr bool kRightInRows = kRightAsItIs && kRightAlongColumns;
+constexpr int kRowColumns = 64;
 
 static_assert(kSize == 2 || kSize == 4);
 static_assert(kProducts == 1 || kProducts == 2);
 static_assert(kPartColumns == 64 || kPartColumns == 128);
 static_assert(kParts * kPartColumns == kColumns);
+static_assert(!kRightInRows || kDepth == kRowColumns, "rows of both kinds are as long");
 
 using Sums = float[kProducts][kParts][kPartColumns / 2];
 
 __device__ __forceinline__ void multiply(f16, float (&sum)[kPartColumns / 2], const uint32 (&a)[4], uint64 b) {
+  if (kRightInRows) return ptx::group_multiply_halves_by_rows(sum, a, b);
   ptx::group_multiply_halves(sum, a, b);
 }
 __device__ __forceinline__ void multiply(bf16, float (&sum)[kPartColumns / 2], const uint32 (&a)[4], uint64 b) {
+  if (kRightInRows) return ptx::group_multiply_bfloat16s_by_rows(sum, a, b);
   ptx::group_multiply_bfloat16s(sum, a, b);
 }
 __device__ __forceinline__ void multiply(f32, float (&sum)[kPartColumns / 2], const uint32 (&a)[4], uint64 b) {
@@ -63,6 +73,33 @@ __device__ __forceinline__ int swizzled(int row, int sixteenth) {
 __device__ __forceinline__ unsigned char* aligned_for_right(unsigned char* shared) {
   const int beyond = static_cast<int>(reinterpret_cast<uint64>(shared) % kRightAlignment);
   return shared + (kRightAlignment - beyond) % kRightAlignment;
+}
+
+// Begins to copy a chunk of the right factor as it is, in pieces of kPiece elements. from(column, depth) is where the
+// piece that begins there does, or null; `anywhere` is any address.
+template <int kPiece, int kThreads, class From>
+__device__ __forceinline__ void copy_right(T* tile, const T* anywhere, int thread, From from) {
+  constexpr int kPlaces = (kRightInRows ? kColumns : kDepth) / kPiece;
+  constexpr int kItems = kPlaces * (kRightInRows ? kDepth : kColumns);
+#pragma unroll
+  for (int i = 0; i < (kItems + kThreads - 1) / kThreads; ++i) {
+    const int item = i * kThreads + thread;
+    if (kItems % kThreads != 0 && item >= kItems) break;
+    const int across = item / kPlaces;
+    const int along = item % kPlaces * kPiece;
+    const T* const source = kRightInRows ? from(along, across) : from(across, along);
+    const int block = kRightInRows ? along / kRowColumns * kRowColumns * kDepth : 0;
+    T* const to = tile + block + swizzled(across, along % kDepth / kVector) + along % kVector;
+    ptx::copy_async_or_zeros<kPiece * kSize>(to, source != nullptr ? source : anywhere, source != nullptr);
+  }
+}
+
+// Where a product of one step and one part of the columns finds its right factor.
+__device__ __forceinline__ uint64 right_of(const T* tile, int part, int step) {
+  const T* const first = tile + part * kPartColumns * kDepth;
+  if (kRightInRows)
+    return ptx::swizzled_rows(first + step * kStepDepth * kRowColumns, kRowColumns * kDepth * kSize);
+  return ptx::swizzled_columns(first + step * kStepDepth);
 }
 
 // A float32 as its terms, each a tile of the right factor behind the other. Of the second one products look at the 11
@@ -119,10 +156,11 @@ __device__ __forceinline__ uint32 first_of_word(uint32 word, int left) {
 }
 
 // A chunk of the right factor on its way from memory to shared memory, in pieces of kPiece elements. Where memory runs
-// along the depth a thread has rows of columns; where it runs along the columns (kTurned) it has some columns of as much
+// along the depth a thread has rows of columns; where it runs along the columns it has some columns of as much
 // of the depth as fills a word. Either way all that is a thread's lies at one place of the depth.
-template <bool kTurned, int kPiece, int kThreads>
+template <int kPiece, int kThreads>
 struct RightPieces {
+  static constexpr bool kTurned = kRightAlongColumns;
   static constexpr int kPair = kTurned ? 4 / kSize : 1;
   static constexpr int kPlaces = kTurned ? kDepth / kPair : kDepth / kPiece;
   static constexpr int kItems = kPlaces * (kTurned ? kColumns / kPiece : kColumns);
@@ -275,14 +313,13 @@ __device__ __forceinline__ void multiply_stage(Sums& sum, const T* right, LoadLe
     ptx::products_begin();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const T* const columns = right + part * kPartColumns * kDepth + step * kStepDepth;
-      const uint64 upper = ptx::swizzled_columns(columns);
+      const uint64 upper = right_of(right, part, step);
 #pragma unroll
       for (int product = 0; product < kProducts; ++product) {
         // The small ones first.
         if constexpr (kTerms == 2) {
           multiply(T{}, sum[product][part], left[step % 2][product][1], upper);
-          multiply(T{}, sum[product][part], left[step % 2][product][0], ptx::swizzled_columns(columns + kRightTile));
+          multiply(T{}, sum[product][part], left[step % 2][product][0], right_of(right + kRightTile, part, step));
         }
         multiply(T{}, sum[product][part], left[step % 2][product][0], upper);
       }

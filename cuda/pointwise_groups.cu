@@ -14,7 +14,7 @@
 //
 // Compile-time values: those of groups.cuh, of which COLUMNS are the channels of a block's tile, PRODUCTS are of 64
 // pixels, and RAGGED says whether rows are copied from boundary to boundary, for which a tile is of one image;
-// CHANNELS_LAST; TURNED (whether the depth counts rows of w, as in dgrad, or its columns); GROUPS (of warps); BLOCKS
+// and RIGHT_ALONG_COLUMNS whether the depth counts rows of w, as in dgrad, or its columns; CHANNELS_LAST; GROUPS (of warps); BLOCKS
 // (that a multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights of a block stay
 // in shared memory); COPY (elements of a copy of images, that are not ragged: their rows and start are multiples of it);
 // WEIGHT_COPY, STORE (likewise, of loads of weights and stores of results); ACTIVATION.
@@ -22,7 +22,8 @@
 #include "groups.cuh"
 
 constexpr bool kChannelsLast = CUCONV_CHANNELS_LAST;
-constexpr bool kTurned = CUCONV_TURNED;
+// What products find along the columns is the channels of the result.
+constexpr bool kTurned = kRightAlongColumns;
 constexpr int kGroups = CUCONV_GROUPS;
 constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kStages = CUCONV_STAGES;
@@ -54,15 +55,16 @@ struct Parameters {
 };
 
 // The channel of a column of the products, within a block's tile. Channels-last a thread, that has two neighbouring
-// columns of every eight, has 16 bytes of neighbouring channels.
+// columns of every eight, has 16 bytes of neighbouring channels then; where weights are copied in rows their order stays.
+constexpr bool kPermuted = kChannelsLast && !kRightInRows;
 __device__ __forceinline__ int channel_of(int column) {
-  if (!kChannelsLast) return column;
+  if (!kPermuted) return column;
   constexpr int kSpan = 4 * kVector;
   const int eight = column % kSpan / 8;
   return column - column % kSpan + column % 8 / 2 * kVector + eight * 2 + column % 2;
 }
 __device__ __forceinline__ int column_of(int channel) {
-  if (!kChannelsLast) return channel;
+  if (!kPermuted) return channel;
   constexpr int kSpan = 4 * kVector;
   const int within = channel % kVector;
   return channel - channel % kSpan + within / 2 * 8 + channel % kSpan / kVector * 2 + within % 2;
@@ -99,6 +101,25 @@ __device__ __forceinline__ int offset_of(int product, int half, int warp, int la
   return strip_offset(warp, lane) + product * 2 + half;
 }
 
+// Four lanes that each have two neighbours of every eight columns, of 32, exchange them: then each has all of one eight.
+__device__ __forceinline__ void turn_quad(float (&value)[kVector], int lane) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = (lane & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      if ((i & bit) != 0) continue;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& low = value[i * 2 + e];
+        float& high = value[(i | bit) * 2 + e];
+        const float received = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+        (upper ? low : high) = received;
+      }
+    }
+  }
+}
+
 // Brings a tile's sums, with their activation, to the result.
 __device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelTile& at, const Parameters& g,
                                         int first_channel, int warp, int lane) {
@@ -109,23 +130,23 @@ __device__ __forceinline__ void deliver(const Sums& sum, T* result, const PixelT
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int offset = offset_of(product, half, warp, lane);
-        if (!at.exists(offset)) continue;
-        T* const to = result + at.element(g.output, offset);
+        const bool exists = at.exists(offset);
+        T* const to = result + (exists ? at.element(g.output, offset) : 0);
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
 #pragma unroll
           for (int span = 0; span < kPartColumns / kSpan; ++span) {
             const int first = first_channel + part * kPartColumns + span * kSpan + lane % 4 * kVector;
+            float value[kVector];
 #pragma unroll
-            for (int piece = 0; piece < kVector; piece += kStore) {
-              float value[kStore];
+            for (int e = 0; e < kVector; ++e)
+              value[e] = activation::CUCONV_ACTIVATION(
+                  sum[product][part][(span * kVector + e / 2 * 2) * 2 + half * 2 + e % 2]);
+            if constexpr (!kPermuted) turn_quad(value, lane);
+            if (exists) {
 #pragma unroll
-              for (int e = 0; e < kStore; ++e) {
-                const int within = piece + e;
-                value[e] = activation::CUCONV_ACTIVATION(
-                    sum[product][part][(span * kVector + within / 2 * 2) * 2 + half * 2 + within % 2]);
-              }
-              if (first + piece < g.channels) store_narrowed<kStore>(to + first + piece, value);
+              for (int piece = 0; piece < kVector; piece += kStore)
+                if (first + piece < g.channels) store_narrowed<kStore>(to + first + piece, value + piece);
             }
           }
       }
@@ -196,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int chunks = (g.depth + kDepth - 1) / kDepth;
 
   T* const weights = reinterpret_cast<T*>(shared);
-  T* const all_images = weights + (kResident ? chunks : 2) * kTerms * kRightTile;
+  T* const all_images = weights + (kResident ? chunks : kRightAsItIs ? kStages : 2) * kTerms * kRightTile;
   T* const images = all_images + group * kStages * kImageTile;
   float* const biases = reinterpret_cast<float*>(all_images + kGroups * kStages * kImageTile);
 
@@ -205,8 +226,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   int chunk_to_copy = 0;
   bool found = false;
   const T* source = image;
+  const auto copy_weights = [&](T* to, int first_depth) {
+    copy_right<kWeightCopy, kThreads>(to, w, thread, [&](int column, int along) -> const T* {
+      const int channel = first_channel + channel_of(column);
+      const int depth = first_depth + along;
+      if (channel >= g.channels || depth >= g.depth) return nullptr;
+      return kTurned ? w + static_cast<int64>(depth) * g.channels + channel
+                     : w + static_cast<int64>(channel) * g.depth + depth;
+    });
+  };
   const auto copy = [&](int stage) {
-    if (tile_to_copy < g.tiles) {
+    if constexpr (!kResident && kRightAsItIs) {
+      if (tile_to_copy - group < g.tiles) copy_weights(weights + stage * kRightTile, chunk_to_copy * kDepth);
+    }
+    if (kResident ? tile_to_copy < g.tiles : tile_to_copy - group < g.tiles) {
       T* const to = images + stage * kImageTile;
       const PixelTile tile(g, tile_to_copy);
       const int first_depth = chunk_to_copy * kDepth;
@@ -258,10 +291,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     ptx::copy_async_commit();
   };
+  if constexpr (kResident && kRightAsItIs)
+    for (int chunk = 0; chunk < chunks; ++chunk) copy_weights(weights + chunk * kRightTile, chunk * kDepth);
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
 
-  using Pieces = RightPieces<kTurned, kWeightCopy, kThreads>;
+  using Pieces = RightPieces<kWeightCopy, kThreads>;
   Pieces pieces;
   const auto load_weights = [&](int chunk) {
     const int first_depth = chunk * kDepth + Pieces::depth_of(thread);
@@ -273,14 +308,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                      : w + static_cast<int64>(channel) * g.depth + depth;
     });
   };
-  for (int chunk = 0; chunk < (kResident ? chunks : 1); ++chunk) {
-    load_weights(chunk);
-    pieces.put(weights + chunk * kTerms * kRightTile, thread, column_of);
+  if constexpr (!kRightAsItIs) {
+    load_weights(0);
+    for (int chunk = 0; chunk < (kResident ? chunks : 1); ++chunk) {
+      pieces.put(weights + chunk * kTerms * kRightTile, thread, column_of);
+      if (kResident) load_weights(chunk + 1);
+    }
   }
   for (int column = thread; column < kColumns; column += kThreads) {
     const int channel = first_channel + channel_of(column);
     biases[column] = bias != nullptr && channel < g.channels ? float(widen(bias[channel])) : 0.0f;
   }
+  if constexpr (kResident && kRightAsItIs) ptx::copy_async_wait<kStages - 2>();
   ptx::fence_shared_for_bulk();
   __syncthreads();
 
@@ -313,14 +352,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       ptx::copy_async_wait<kStages - 2>();
+      if (!kResident && kRightAsItIs) ptx::fence_shared_for_bulk();
       if (kResident) {
         ptx::group_sync(1 + group);
       } else {
         __syncthreads();
       }
       copy(free_stage);
-      const T* const own = weights + (kResident ? chunk : buffer) * kTerms * kRightTile;
-      if (!kResident) load_weights(chunk + 1 < chunks ? chunk + 1 : 0);
+      const T* const own = weights + (kResident ? chunk : kRightAsItIs ? stage : buffer) * kTerms * kRightTile;
+      if constexpr (!kResident && !kRightAsItIs) load_weights(chunk + 1 < chunks ? chunk + 1 : 0);
       multiply_stage(sum, own, [&](Left& left, int step) {
         if constexpr (kChannelsLast) {
           load_left_of_rows(left, images + stage * kImageTile, step, warp, lane);
@@ -328,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
           load_left_of_strips(left, images + stage * kImageTile, step, shift, warp, lane);
         }
       });
-      if (!kResident) {
+      if constexpr (!kResident && !kRightAsItIs) {
         buffer = 1 - buffer;
         pieces.put(weights + buffer * kTerms * kRightTile, thread, column_of);
         ptx::fence_shared_for_bulk();

@@ -3,8 +3,9 @@
 // dw (k, c) = dy (k, pixels) x (pixels, c), with the pixels of all images counted through or, ragged, with as many more
 // of each that stages are of one image. A block makes a tile of dw
 // from a slab of the pixels, every warp group some rows of it. Stages of dy, the left factor, pass through a ring in
-// shared memory, copied there some stages ahead; x, the right one, passes through registers on its way there, one stage
-// ahead, and is taken apart and turned around on the way; ragged, both pass through the ring. dbias sums the left factor's elements as they pass.
+// shared memory, copied there some stages ahead. So does x, the right one, of 16 bits; of float32 it passes through
+// registers on its way there, one stage ahead, and is taken apart and turned around. dbias sums the left factor's
+// elements as they pass.
 //
 // Compile-time values: those of groups.cuh, of which COLUMNS are input channels, and RAGGED says whether rows are
 // copied from boundary to boundary; CHANNELS_LAST; BIAS (whether dbias is summed too); GROUPS (of warps); BLOCKS (that a
@@ -24,6 +25,9 @@ constexpr int kThreads = kGroups * kGroupThreads;
 constexpr int kRaggedPitch = kDepth + kVector;
 constexpr int kDyTile = kChannelsLast ? kDepth * kPitch : kRows * (kRagged ? kRaggedPitch : kDepth);
 constexpr int kRaggedXTile = kRagged ? kColumns * kRaggedPitch : 0;
+// Whether x is copied to where products find it.
+constexpr bool kCopiedX = kRightAsItIs && !kRagged;
+constexpr int kXTiles = kCopiedX ? kStages : 2;
 // Stages that have landed when one is multiplied: ragged, x of the next one is turned into columns then.
 constexpr int kLanded = kRagged ? 2 : 1;
 
@@ -106,12 +110,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int end = min(g.pixels, begin + g.slab_pixels);
 
   T* const x_tiles = reinterpret_cast<T*>(shared);
-  T* const ragged_x_tiles = x_tiles + 2 * kTerms * kRightTile;
+  T* const ragged_x_tiles = x_tiles + kXTiles * kTerms * kRightTile;
   T* const dy_tiles = ragged_x_tiles + kStages * kRaggedXTile + group * kStages * kDyTile;
 
   int next = begin;
   const auto copy = [&](int stage) {
     if (next < end) {
+      if constexpr (kCopiedX) {
+        copy_right<kXCopy, kThreads>(x_tiles + stage * kRightTile, x, thread, [&](int column, int depth) -> const T* {
+          const int pixel = next + depth;
+          return c0 + column < g.C && pixel < end ? x + g.x.element(pixel) + (c0 + column) * g.x.apart() : nullptr;
+        });
+      }
       T* const to = dy_tiles + stage * kDyTile;
       if constexpr (kRagged) {
         const Place at(g, next);
@@ -161,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
 
-  using Pieces = RightPieces<kChannelsLast, kXCopy, kThreads>;
+  using Pieces = RightPieces<kXCopy, kThreads>;
   Pieces pieces;
   const auto load_x = [&](int first) {
     const int pixel = first + Pieces::depth_of(thread);
@@ -197,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::copy_async_wait<kStages - 2>();
     __syncthreads();
     turn_x(begin, 0, x_tiles);
-  } else {
+  } else if constexpr (!kCopiedX) {
     load_x(begin);
     pieces.put(x_tiles, thread, as_it_is);
   }
@@ -212,9 +222,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll 1
   for (int first = begin; first < end; first += kDepth) {
     ptx::copy_async_wait<kStages - 1 - kLanded>();
+    if constexpr (kCopiedX) ptx::fence_shared_for_bulk();
     __syncthreads();
     copy(free_stage);
-    if constexpr (!kRagged) load_x(first + kDepth);
+    if constexpr (!kCopiedX && !kRagged) load_x(first + kDepth);
     const T* const dy_tile = dy_tiles + stage * kDyTile;
     int shift = 0;
     int count = 0;
@@ -224,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       shift = static_cast<int>(at.element(g.dy, k0 + lane / 4) % kVector);
       count = at.count;
     }
-    multiply_stage(sum, x_tiles + buffer * kTerms * kRightTile, [&](Left& left, int step) {
+    multiply_stage(sum, x_tiles + (kCopiedX ? stage : buffer) * kTerms * kRightTile, [&](Left& left, int step) {
       if constexpr (kRagged) {
         load_left_of_ragged_rows(left, dy_tile, step, shift, count, warp, lane);
       } else if constexpr (kChannelsLast) {
@@ -241,10 +252,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     T* const next_x_tile = x_tiles + buffer * kTerms * kRightTile;
     if constexpr (kRagged) {
       if (first + kDepth < end) turn_x(first + kDepth, stage, next_x_tile);
-    } else {
+      ptx::fence_shared_for_bulk();
+    } else if constexpr (!kCopiedX) {
       pieces.put(next_x_tile, thread, as_it_is);
+      ptx::fence_shared_for_bulk();
     }
-    ptx::fence_shared_for_bulk();
   }
   ptx::copy_async_wait<0>();
 

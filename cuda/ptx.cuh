@@ -353,6 +353,12 @@ __device__ __forceinline__ uint64 swizzled_columns(const void* first) {
   return kSwizzle128 | kGroupsApart | 1ull << 16 | (shared_address(first) & 0x3ffff) >> 4;
 }
 
+// Likewise of 16-bit elements where memory runs along the columns: rows of 64 columns, of which the sixteenths i of row n
+// lie at i ^ n % 8; further columns lie `apart` bytes behind. A product reads 16 rows.
+__device__ __forceinline__ uint64 swizzled_rows(const void* first, int apart) {
+  return swizzled_columns(first) & ~(0x3fffull << 16) | static_cast<uint64>(apart / 16) << 16;
+}
+
 // sum += a b, a of 64 rows, of which each warp has 16, laid out as for multiply_halves; of sum each lane has four
 // elements, as there, for every eight columns.
 #define CUCONV_SUMS_8(i) \
@@ -381,6 +387,9 @@ __device__ __forceinline__ uint64 swizzled_columns(const void* first) {
 CUCONV_GROUP_MULTIPLY(group_multiply_halves, "f16.f16", "k16", ", 0")
 CUCONV_GROUP_MULTIPLY(group_multiply_bfloat16s, "bf16.bf16", "k16", ", 0")
 CUCONV_GROUP_MULTIPLY(group_multiply_tf32s, "tf32.tf32", "k8", "")
+// With b as swizzled_rows has it.
+CUCONV_GROUP_MULTIPLY(group_multiply_halves_by_rows, "f16.f16", "k16", ", 1")
+CUCONV_GROUP_MULTIPLY(group_multiply_bfloat16s_by_rows, "bf16.bf16", "k16", ", 1")
 #undef CUCONV_GROUP_MULTIPLY
 #undef CUCONV_SUMS_32
 #undef CUCONV_SUMS_8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,8 +13,9 @@ from backends import forget_kernels
 from torch.nn import functional
 
 import cuconv
-from cuconv import plan, reference
+from cuconv import kernels, plan, reference
 from cuconv.geometry import ACTIVATIONS, pointwise_geometry
+from cuconv.plan import pointwise
 
 VARIANTS = ("groups", "products", "direct")
 ON_ALL_DEVICES = ("products", "direct")
@@ -70,8 +72,8 @@ def copied_by_words(dtype, *rows):
 
 
 def groups_take(dtype, layout, x_shape, K, terms):
-    """Whether forward, or dgrad, by warp groups does: rows channels-last are copied by words."""
-    return layout == "nchw" or copied_by_words(dtype, terms)
+    """Whether forward, or dgrad, by warp groups does: rows of weights and, channels-last, of images are copied so."""
+    return copied_by_words(dtype, x_shape[1], *((terms,) if layout == "nhwc" else ()))
 
 
 def groups_take_wgrad(dtype, layout, x_shape, K, terms):
@@ -143,6 +145,72 @@ def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, K, stride,
     assert_bound(device.host(dw), lambda of: exact_wgrad(of(dy), of(x), w.shape, stride)[0], terms)
     assert_bound(device.host(dbias), lambda of: exact_wgrad(of(dy), of(x), w.shape, stride)[1], terms)
     np.testing.assert_array_equal(device.host(alone), device.host(dw).reshape(w.shape[:2]))
+    dw_guards.assert_untouched()
+    dbias_guards.assert_untouched()
+
+
+# Of warp groups: every extent of a tile, weights that stay and that do not, one multiprocessor for many tiles; planes of
+# which rows are copied in whole pieces, and of an odd number of elements, one and several tiles an image.
+GROUPS_TILES = [
+    pointwise.GroupsTile(64, 1, 1, 1, 2, True),
+    pointwise.GroupsTile(64, 2, 2, 1, 3, False),
+    pointwise.GroupsTile(128, 1, 3, 1, 2, True),
+    pointwise.GroupsTile(128, 2, 1, 1, 4, False),
+    pointwise.GroupsTile(256, 1, 2, 1, 3, False),
+]
+OF_TILES = list(product(range(5), ((3, 72, 9, 12), (2, 72, 9, 15)), ("float32", "float16"), LAYOUTS))
+
+
+def one_multiprocessor(device):
+    return replace(device.target, multiprocessors=1)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["forward", "dgrad"])
+@pytest.mark.parametrize(("tile", "x_shape", "dtype", "layout"), OF_TILES)
+def test_every_tile_of_warp_groups(device, rng, tile, x_shape, dtype, layout, turned):
+    if device.target.architecture != 90:
+        pytest.skip("no warp groups")
+    x, w, bias = random_arrays(rng, x_shape, 136, dtype)
+    g = pointwise_geometry(x_shape, w.shape, channels_last=layout == "nhwc")
+    arguments = plan.Epilogue(), one_multiprocessor(device), GROUPS_TILES[tile], True
+    chosen = pointwise.groups_plan(g, dtype, turned, *arguments)
+    if turned:
+        dy = rng.standard_normal(g.y_shape).astype(x.dtype)
+        dx = device.launch(chosen, dy, w, None, x_shape, layout)
+        assert_bound(dx, lambda of: exact_dgrad(of(dy), of(w), x_shape), 136)
+    else:
+        y = device.launch(chosen, x, w, bias, g.y_shape, layout)
+        assert_bound(y, lambda of: exact(of(x), of(w), of(bias)), 72)
+
+
+WGRAD_GROUPS_TILES = [
+    pointwise.WgradGroupsTile(64, 1, 1, 1, 3, 1),
+    pointwise.WgradGroupsTile(64, 2, 2, 1, 3, 2),
+    pointwise.WgradGroupsTile(128, 1, 3, 1, 4, 2),
+    pointwise.WgradGroupsTile(128, 2, 1, 1, 3, 3),
+    pointwise.WgradGroupsTile(256, 1, 1, 1, 3, 2),
+]
+
+
+@pytest.mark.parametrize(("tile", "x_shape", "dtype", "layout"), OF_TILES)
+def test_every_tile_of_warp_groups_of_wgrad(device, rng, tile, x_shape, dtype, layout):
+    if device.target.architecture != 90:
+        pytest.skip("no warp groups")
+    x, w, _ = random_arrays(rng, x_shape, 136, dtype)
+    g = pointwise_geometry(x_shape, w.shape, channels_last=layout == "nhwc")
+    dy = rng.standard_normal(g.y_shape).astype(x.dtype)
+    chosen = pointwise.wgrad_groups_plan(g, dtype, True, False, device.target, WGRAD_GROUPS_TILES[tile], True)
+    dw, dw_guards = device.guarded(w.shape, x.dtype)
+    dbias, dbias_guards = device.guarded((136,), x.dtype)
+    arrays = device.array(dy, layout), device.array(x, layout)
+    partials = device.module.empty(max(1, chosen.workspace_bytes), np.uint8)
+    results = partials.data.ptr, dw.data.ptr, dbias.data.ptr
+    kernels.load(chosen.sums, 0)(*(array.data.ptr for array in arrays), *results)
+    if chosen.reduce:
+        kernels.load(chosen.reduce, 0)(*results)
+    terms = g.N * g.P * g.Q
+    assert_bound(device.host(dw), lambda of: exact_wgrad(of(dy), of(x), w.shape)[0], terms)
+    assert_bound(device.host(dbias), lambda of: exact_wgrad(of(dy), of(x), w.shape)[1], terms)
     dw_guards.assert_untouched()
     dbias_guards.assert_untouched()
 

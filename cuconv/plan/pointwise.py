@@ -114,7 +114,7 @@ def groups_plan(
     vector = VECTOR_BYTES // size if aligned else 1
     plane, tile_pixels = g.P * g.Q, 64 * t.products
     ragged = size == 2 and not g.channels_last and gcd(plane, vector) == 1
-    if size == 2 and (not aligned or (g.channels_last and gcd(depth, vector) == 1)):
+    if size == 2 and (not aligned or g.C % 2 == 1 or (g.channels_last and depth % 2 == 1)):
         raise Unsuitable("copies rows of 4 bytes or more")
     if g.channels_last:
         copy, store = gcd(depth, vector), gcd(channels, vector)
@@ -129,7 +129,7 @@ def groups_plan(
     image_tile = tile_pixels * _ROW_BYTES if g.channels_last else _ROW_BYTES * (tile_pixels + 8)
     shared = (
         _RIGHT_ALIGNMENT
-        + (chunks if t.resident else 2) * terms * t.channels * _ROW_BYTES
+        + (chunks if t.resident else t.stages if size == 2 else 2) * terms * t.channels * _ROW_BYTES
         + t.groups * t.stages * image_tile
         + 4 * t.channels
     )
@@ -147,7 +147,7 @@ def groups_plan(
         defines=(
             ("T", name),
             ("CHANNELS_LAST", int(g.channels_last)),
-            ("TURNED", int(turned)),
+            ("RIGHT_ALONG_COLUMNS", int(turned)),
             ("COLUMNS", t.channels),
             ("PRODUCTS", t.products),
             ("GROUPS", t.groups),
@@ -311,16 +311,19 @@ def wgrad_groups_plan(
     ragged = size == 2 and aligned and not g.channels_last and dy_copy == 1
     if not ragged and min(dy_copy, x_copy if g.channels_last else dy_copy) * size < 4:
         raise Unsuitable("copies rows of 4 bytes or more")
+    if ragged and t.stages < 3:
+        raise Unsuitable("needs three stages for rows at any address")
     terms = 2 if dtype == "float32" and not allow_tf32 else 1
     depth, rows = _ROW_BYTES // size, 64 * t.products
     image_stages = -(-g.P * g.Q // depth)
     pixels = g.N * (image_stages * depth if ragged else g.P * g.Q)
+    x_tiles = t.stages if size == 2 and not ragged else 2
     if ragged:
         row_bytes = _ROW_BYTES + VECTOR_BYTES
         ring = t.stages * (t.groups * rows + t.columns) * row_bytes
     else:
         ring = t.groups * t.stages * (_ROW_BYTES * (rows + 8) if g.channels_last else rows * _ROW_BYTES)
-    shared = _RIGHT_ALIGNMENT + 2 * terms * t.columns * _ROW_BYTES + ring
+    shared = _RIGHT_ALIGNMENT + x_tiles * terms * t.columns * _ROW_BYTES + ring
     if shared > target.shared_per_block - SHARED_RESERVE:
         raise Unsuitable(f"needs {shared} bytes of shared memory a block, and the device has {target.shared_per_block}")
     row_tiles, column_tiles = -(-g.K // (t.groups * rows)), -(-g.C // t.columns)
@@ -341,6 +344,7 @@ def wgrad_groups_plan(
             ("DY_COPY", dy_copy),
             ("X_COPY", x_copy),
             ("RAGGED", int(ragged)),
+            ("RIGHT_ALONG_COLUMNS", int(g.channels_last)),
             ("TERMS", terms),
         ),
         grid=(row_tiles * column_tiles, slabs, 1),

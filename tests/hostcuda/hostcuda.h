@@ -438,8 +438,12 @@ inline uint64 swizzled_columns(const void* first, int line = __builtin_LINE()) {
   return uint64(offset);
 }
 
+inline uint64 swizzled_rows(const void* first, int apart, int line = __builtin_LINE()) {
+  return swizzled_columns(first, line) | uint64(apart) << 32;
+}
+
 // kDepth elements of 32 / kDepth bytes a row of a and a column of b; each warp makes its own 16 rows.
-template <int kDepth, int kSums, class Element>
+template <int kDepth, bool kByRows = false, int kSums, class Element>
 void group_multiply(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, Element element, int line) {
   constexpr int kBytes = 32 / kDepth, kPerWord = 4 / kBytes, kHalf = kDepth / 2;
   const int lane = hostcuda::own_lane();
@@ -451,7 +455,8 @@ void group_multiply(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, Element
       for (int k = 0; k < kDepth; k++) {
         const int word = k % kHalf / kPerWord, shift = k % kPerWord * kBytes * 8;
         const uint32 left = of_lane(lane / 4 * 4 + word).a[half + k / kHalf * 2] >> shift;
-        auto place = reinterpret_cast<uintptr_t>(hostcuda::dynamic_shared) + b + column * 128 + k * kBytes;
+        auto place = reinterpret_cast<uintptr_t>(hostcuda::dynamic_shared) + uint32(b);
+        place += kByRows ? column / 64 * (b >> 32) + k * 128 + column % 64 * kBytes : column * 128 + k * kBytes;
         place ^= place >> 3 & 0x70;
         const auto* right = reinterpret_cast<const unsigned char*>(place);
         if (!hostcuda::in_shared(right, kBytes)) fail("products outside shared memory, in line %d", line);
@@ -467,6 +472,15 @@ void group_multiply_halves(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, 
 template <int kSums>
 void group_multiply_bfloat16s(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, int line = __builtin_LINE()) {
   group_multiply<16>(sum, a, b, [](uint32 bits) { return bfloat16_to_float(uint16(bits)); }, line);
+}
+template <int kSums>
+void group_multiply_halves_by_rows(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, int line = __builtin_LINE()) {
+  group_multiply<16, true>(sum, a, b, [](uint32 bits) { return half_to_float(uint16(bits)); }, line);
+}
+template <int kSums>
+void group_multiply_bfloat16s_by_rows(float (&sum)[kSums], const uint32 (&a)[4], uint64 b,
+                                      int line = __builtin_LINE()) {
+  group_multiply<16, true>(sum, a, b, [](uint32 bits) { return bfloat16_to_float(uint16(bits)); }, line);
 }
 // What is below TF32's 11 bits is not looked at.
 template <int kSums>
