@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   using Pieces = RightPieces<kWeightCopy, kThreads>;
   Pieces pieces;
-  const auto load_weights = [&](int chunk) {
+  const auto load_weights = [&](Pieces& pieces, int chunk) {
     const int first_depth = chunk * kDepth + Pieces::depth_of(thread);
     pieces.load(thread, [&](int column, int e) -> const T* {
       const int channel = first_channel + column;
@@ -309,10 +309,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     });
   };
   if constexpr (!kRightAsItIs) {
-    load_weights(0);
+    load_weights(pieces, 0);
     for (int chunk = 0; chunk < (kResident ? chunks : 1); ++chunk) {
+      Pieces next_pieces;
+      if (kResident) load_weights(next_pieces, chunk + 1);
       pieces.put(weights + chunk * kTerms * kRightTile, thread, column_of);
-      if (kResident) load_weights(chunk + 1);
+      if (kResident) pieces = next_pieces;
     }
   }
   for (int column = thread; column < kColumns; column += kThreads) {
@@ -360,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       copy(free_stage);
       const T* const own = weights + (kResident ? chunk : kRightAsItIs ? stage : buffer) * kTerms * kRightTile;
-      if constexpr (!kResident && !kRightAsItIs) load_weights(chunk + 1 < chunks ? chunk + 1 : 0);
+      if constexpr (!kResident && !kRightAsItIs) load_weights(pieces, chunk + 1 < chunks ? chunk + 1 : 0);
       multiply_stage(sum, own, [&](Left& left, int step) {
         if constexpr (kChannelsLast) {
           load_left_of_rows(left, images + stage * kImageTile, step, warp, lane);
