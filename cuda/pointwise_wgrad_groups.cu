@@ -92,7 +92,7 @@ __device__ __forceinline__ void add_rows(Element, float (&sum)[kProducts][2], co
       }
 }
 
-// partials (slabs, C, K), with one row more in each where there is a dbias.
+// partials (slabs, K, C), with dbias behind each where there is one.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     pointwise_wgrad_groups(const T* __restrict__ dy, const T* __restrict__ x, float* __restrict__ partials, T*, T*,
                            const __grid_constant__ Parameters g) {
@@ -273,6 +273,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     return plain;
   };
+  // Of even numbers a pair starts at a multiple of it in every slab.
+  const bool in_pairs = g.C % 2 == 0 && (!kBias || g.K % 2 == 0);
   if (all_finite(sum)) {
 #pragma unroll
     for (int product = 0; product < kProducts; ++product)
@@ -280,13 +282,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int half = 0; half < 2; ++half) {
         const int k = k0 + row_of(product, half, warp, lane);
         if (k >= g.K) continue;
-        float* const to = own + k;
+        float* const to = own + static_cast<int64>(k) * g.C;
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
 #pragma unroll
-          for (int i = 0; i < kPartColumns / 4; ++i) {
-            const int c = c0 + part * kPartColumns + i / 2 * 8 + lane % 4 * 2 + i % 2;
-            if (c < g.C) to[static_cast<int64>(c) * g.K] = sum[product][part][i / 2 * 4 + half * 2 + i % 2];
+          for (int i = 0; i < kPartColumns / 8; ++i) {
+            const int c = c0 + part * kPartColumns + i * 8 + lane % 4 * 2;
+            const float* const pair = &sum[product][part][i * 4 + half * 2];
+            if (in_pairs) {
+              if (c < g.C) store_narrowed<2>(to + c, pair);
+            } else {
+              if (c < g.C) to[c] = pair[0];
+              if (c + 1 < g.C) to[c + 1] = pair[1];
+            }
           }
       }
   } else {
@@ -296,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll 1
       for (int i = 0; i < kColumns / 4; ++i) {
         const int c = c0 + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (k < g.K && c < g.C) own[static_cast<int64>(c) * g.K + k] = plainly(c, k);
+        if (k < g.K && c < g.C) own[static_cast<int64>(k) * g.C + c] = plainly(c, k);
       }
     }
   }
@@ -310,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
         if (kTerms == 2 && !(fabsf(total) <= 3.4e38f) && k < g.K) total = plainly(g.C, k);
-        if (lane % 4 == 0 && k < g.K) own[static_cast<int64>(g.C) * g.K + k] = total;
+        if (lane % 4 == 0 && k < g.K) own[static_cast<int64>(g.K) * g.C + k] = total;
       }
   }
 }

@@ -363,7 +363,7 @@ def wgrad_groups_plan(
             *pixels_parameters(g, "dy", g.K, of_x=False),
         ),
     )
-    return with_reduce_of(sums, slabs, g.K, g.C, dtype, bias)
+    return with_reduce_of(sums, slabs, g.K, g.C, dtype, bias, as_dw=True)
 
 
 def wgrad_tile(g: PointwiseGeometry, size: int, stages: int) -> WgradTile:
