@@ -302,9 +302,10 @@ __device__ __forceinline__ void load_left_of_strips(Left& left, const T* tile, i
   }
 }
 
-// Adds the products of a stage. load_left(left, step) makes what a lane has of the left factor.
-template <class LoadLeft>
-__device__ __forceinline__ void multiply_stage(Sums& sum, const T* right, LoadLeft load_left) {
+// Adds the products of a stage. load_left(left, step) makes what a lane has of the left factor; meanwhile() is done while
+// the first products are under way.
+template <class LoadLeft, class Meanwhile>
+__device__ __forceinline__ void multiply_stage(Sums& sum, const T* right, LoadLeft load_left, Meanwhile meanwhile) {
   // A step's fragments are made while the products of the one before are under way.
   Left left[2];
 #pragma unroll
@@ -325,6 +326,7 @@ __device__ __forceinline__ void multiply_stage(Sums& sum, const T* right, LoadLe
       }
     }
     ptx::products_commit();
+    if (step == 0) meanwhile();
     if (step < kSteps - 1) {
       ptx::products_wait<1>();
     } else {

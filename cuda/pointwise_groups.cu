@@ -10,7 +10,8 @@
 // registers.
 //
 // Where all weights of a block stay in shared memory its warp groups know nothing of each other; where they do not, the
-// groups meet at every chunk of the depth, of which one is multiplied while the next is fetched.
+// groups meet at every chunk of the depth, of which one is multiplied while the next is laid out and the one after it
+// fetched.
 //
 // Compile-time values: those of groups.cuh, of which COLUMNS are the channels of a block's tile, PRODUCTS are of 64
 // pixels, and RAGGED says whether rows are copied from boundary to boundary, for which a tile is of one image;
@@ -308,6 +309,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                      : w + static_cast<int64>(channel) * g.depth + depth;
     });
   };
+  int chunk_of_pieces = 0;
+  const auto next_weights = [&] {
+    chunk_of_pieces = chunk_of_pieces + 1 < chunks ? chunk_of_pieces + 1 : 0;
+    load_weights(pieces, chunk_of_pieces);
+  };
   if constexpr (!kRightAsItIs) {
     load_weights(pieces, 0);
     for (int chunk = 0; chunk < (kResident ? chunks : 1); ++chunk) {
@@ -316,6 +322,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       pieces.put(weights + chunk * kTerms * kRightTile, thread, column_of);
       if (kResident) pieces = next_pieces;
     }
+    if (!kResident) next_weights();
   }
   for (int column = thread; column < kColumns; column += kThreads) {
     const int channel = first_channel + channel_of(column);
@@ -360,21 +367,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       } else {
         __syncthreads();
       }
-      copy(free_stage);
       const T* const own = weights + (kResident ? chunk : kRightAsItIs ? stage : buffer) * kTerms * kRightTile;
-      if constexpr (!kResident && !kRightAsItIs) load_weights(pieces, chunk + 1 < chunks ? chunk + 1 : 0);
-      multiply_stage(sum, own, [&](Left& left, int step) {
+      const auto load_left = [&](Left& left, int step) {
         if constexpr (kChannelsLast) {
           load_left_of_rows(left, images + stage * kImageTile, step, warp, lane);
         } else {
           load_left_of_strips(left, images + stage * kImageTile, step, shift, warp, lane);
         }
+      };
+      multiply_stage(sum, own, load_left, [&] {
+        copy(free_stage);
+        if constexpr (!kResident && !kRightAsItIs) {
+          buffer = 1 - buffer;
+          pieces.put(weights + buffer * kTerms * kRightTile, thread, column_of);
+          ptx::fence_shared_for_bulk();
+          next_weights();
+        }
       });
-      if constexpr (!kResident && !kRightAsItIs) {
-        buffer = 1 - buffer;
-        pieces.put(weights + buffer * kTerms * kRightTile, thread, column_of);
-        ptx::fence_shared_for_bulk();
-      }
       free_stage = stage;
       if (++stage == kStages) stage = 0;
     }

@@ -4,7 +4,7 @@
 // of each that stages are of one image. A block makes a tile of dw
 // from a slab of the pixels, every warp group some rows of it. Stages of dy, the left factor, pass through a ring in
 // shared memory, copied there some stages ahead. So does x, the right one, of 16 bits; of float32 it passes through
-// registers on its way there, one stage ahead, and is taken apart and turned around. dbias sums the left factor's
+// registers on its way there, and is taken apart and turned around one stage ahead. dbias sums the left factor's
 // elements as they pass.
 //
 // Compile-time values: those of groups.cuh, of which COLUMNS are input channels, and RAGGED says whether rows are
@@ -210,6 +210,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   } else if constexpr (!kCopiedX) {
     load_x(begin);
     pieces.put(x_tiles, thread, as_it_is);
+    load_x(begin + kDepth);
   }
   ptx::fence_shared_for_bulk();
 
@@ -224,8 +225,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::copy_async_wait<kStages - 1 - kLanded>();
     if constexpr (kCopiedX) ptx::fence_shared_for_bulk();
     __syncthreads();
-    copy(free_stage);
-    if constexpr (!kCopiedX && !kRagged) load_x(first + kDepth);
     const T* const dy_tile = dy_tiles + stage * kDyTile;
     int shift = 0;
     int count = 0;
@@ -235,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       shift = static_cast<int>(at.element(g.dy, k0 + lane / 4) % kVector);
       count = at.count;
     }
-    multiply_stage(sum, x_tiles + (kCopiedX ? stage : buffer) * kTerms * kRightTile, [&](Left& left, int step) {
+    const auto load_left = [&](Left& left, int step) {
       if constexpr (kRagged) {
         load_left_of_ragged_rows(left, dy_tile, step, shift, count, warp, lane);
       } else if constexpr (kChannelsLast) {
@@ -245,18 +244,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         load_left_of_rows(left, dy_tile, step, warp, lane);
       }
       if (sums_bias) add_rows(T{}, sum_of_rows, left);
+    };
+    multiply_stage(sum, x_tiles + (kCopiedX ? stage : buffer) * kTerms * kRightTile, load_left, [&] {
+      copy(free_stage);
+      if constexpr (!kCopiedX) {
+        buffer = 1 - buffer;
+        T* const next_x_tile = x_tiles + buffer * kTerms * kRightTile;
+        if constexpr (kRagged) {
+          if (first + kDepth < end) turn_x(first + kDepth, stage + 1 < kStages ? stage + 1 : 0, next_x_tile);
+        } else {
+          pieces.put(next_x_tile, thread, as_it_is);
+          load_x(first + 2 * kDepth);
+        }
+        ptx::fence_shared_for_bulk();
+      }
     });
     free_stage = stage;
     if (++stage == kStages) stage = 0;
-    buffer = 1 - buffer;
-    T* const next_x_tile = x_tiles + buffer * kTerms * kRightTile;
-    if constexpr (kRagged) {
-      if (first + kDepth < end) turn_x(first + kDepth, stage, next_x_tile);
-      ptx::fence_shared_for_bulk();
-    } else if constexpr (!kCopiedX) {
-      pieces.put(next_x_tile, thread, as_it_is);
-      ptx::fence_shared_for_bulk();
-    }
   }
   ptx::copy_async_wait<0>();
 
