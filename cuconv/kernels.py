@@ -101,7 +101,7 @@ def _arguments(parameters: np.void) -> tuple[Any, int]:
 def _kernel(source: str, defines: tuple[tuple[str, int | str], ...], device_id: int) -> Any:
     import cupy
 
-    options = _OPTIONS
+    options: tuple[str, ...] = _OPTIONS
     if source in _OF_ONE_ARCHITECTURE:
         options = (*_OPTIONS, f"-arch={_OF_ONE_ARCHITECTURE[source]}")
     module = cupy.RawModule(code=flatten(source, defines), options=options)

@@ -15,7 +15,7 @@ from torch.nn import functional
 import cuconv
 from cuconv import kernels, plan, reference
 from cuconv.geometry import ACTIVATIONS, pointwise_geometry
-from cuconv.plan import pointwise
+from cuconv.plan import pointwise_groups
 
 VARIANTS = ("groups", "products", "direct")
 ON_ALL_DEVICES = ("products", "direct")
@@ -149,14 +149,14 @@ def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, K, stride,
     dbias_guards.assert_untouched()
 
 
-# Of warp groups: every extent of a tile, weights that stay and that do not, one multiprocessor for many tiles; planes of
-# which rows are copied in whole pieces, and of an odd number of elements, one and several tiles an image.
+# Of warp groups: every extent of a tile, weights that stay and that do not, one multiprocessor for many tiles; planes
+# whose rows are copied in whole pieces, and of an odd number of elements, one and several tiles an image.
 GROUPS_TILES = [
-    pointwise.GroupsTile(64, 1, 1, 1, 2, True),
-    pointwise.GroupsTile(64, 2, 2, 1, 3, False),
-    pointwise.GroupsTile(128, 1, 3, 1, 2, True),
-    pointwise.GroupsTile(128, 2, 1, 1, 4, False),
-    pointwise.GroupsTile(256, 1, 2, 1, 3, False),
+    pointwise_groups.Tile(64, 1, 1, 1, 2, True),
+    pointwise_groups.Tile(64, 2, 2, 1, 3, False),
+    pointwise_groups.Tile(128, 1, 3, 1, 2, True),
+    pointwise_groups.Tile(128, 2, 1, 1, 4, False),
+    pointwise_groups.Tile(256, 1, 2, 1, 3, False),
 ]
 OF_TILES = list(product(range(5), ((3, 72, 9, 12), (2, 72, 9, 15)), ("float32", "float16"), LAYOUTS))
 
@@ -173,7 +173,7 @@ def test_every_tile_of_warp_groups(device, rng, tile, x_shape, dtype, layout, tu
     x, w, bias = random_arrays(rng, x_shape, 136, dtype)
     g = pointwise_geometry(x_shape, w.shape, channels_last=layout == "nhwc")
     arguments = plan.Epilogue(), one_multiprocessor(device), GROUPS_TILES[tile], True
-    chosen = pointwise.groups_plan(g, dtype, turned, *arguments)
+    chosen = pointwise_groups.tile_plan(g, dtype, turned, *arguments)
     if turned:
         dy = rng.standard_normal(g.y_shape).astype(x.dtype)
         dx = device.launch(chosen, dy, w, None, x_shape, layout)
@@ -184,11 +184,11 @@ def test_every_tile_of_warp_groups(device, rng, tile, x_shape, dtype, layout, tu
 
 
 WGRAD_GROUPS_TILES = [
-    pointwise.WgradGroupsTile(64, 1, 1, 1, 3, 1),
-    pointwise.WgradGroupsTile(64, 2, 2, 1, 3, 2),
-    pointwise.WgradGroupsTile(128, 1, 3, 1, 4, 2),
-    pointwise.WgradGroupsTile(128, 2, 1, 1, 3, 3),
-    pointwise.WgradGroupsTile(256, 1, 1, 1, 3, 2),
+    pointwise_groups.WgradTile(64, 1, 1, 1, 3, 1),
+    pointwise_groups.WgradTile(64, 2, 2, 1, 3, 2),
+    pointwise_groups.WgradTile(128, 1, 3, 1, 4, 2),
+    pointwise_groups.WgradTile(128, 2, 1, 1, 3, 3),
+    pointwise_groups.WgradTile(256, 1, 1, 1, 3, 2),
 ]
 
 
@@ -199,7 +199,7 @@ def test_every_tile_of_warp_groups_of_wgrad(device, rng, tile, x_shape, dtype, l
     x, w, _ = random_arrays(rng, x_shape, 136, dtype)
     g = pointwise_geometry(x_shape, w.shape, channels_last=layout == "nhwc")
     dy = rng.standard_normal(g.y_shape).astype(x.dtype)
-    chosen = pointwise.wgrad_groups_plan(g, dtype, True, False, device.target, WGRAD_GROUPS_TILES[tile], True)
+    chosen = pointwise_groups.wgrad_tile_plan(g, dtype, True, False, device.target, WGRAD_GROUPS_TILES[tile], True)
     dw, dw_guards = device.guarded(w.shape, x.dtype)
     dbias, dbias_guards = device.guarded((136,), x.dtype)
     arrays = device.array(dy, layout), device.array(x, layout)
