@@ -22,6 +22,8 @@ from .plan import Plan, Target
 _INCLUDE = re.compile(r'#include "([a-z_0-9]+\.cuh)"\n')
 # As CuPy spells it for its own kernels, whose check of the compiler then serves these too: 12 ms a process.
 _OPTIONS = ("--std=c++17",)
+# Sources that take what an architecture alone has, and no newer one.
+_OF_ONE_ARCHITECTURE = {"pointwise_groups": "sm_90a", "pointwise_wgrad_groups": "sm_90a"}
 # What a block may hold without asking for more.
 _DEFAULT_SHARED_BYTES = 48 * 1024
 # A kernel's arrays, at most.
@@ -106,7 +108,10 @@ def _arguments(parameters: np.void) -> tuple[Any, int]:
 def _kernel(source: str, defines: tuple[tuple[str, int | str], ...], device_id: int) -> Any:
     import cupy
 
-    module = cupy.RawModule(code=flatten(source, defines), options=_OPTIONS)
+    options: tuple[str, ...] = _OPTIONS
+    if source in _OF_ONE_ARCHITECTURE:
+        options = (*_OPTIONS, f"-arch={_OF_ONE_ARCHITECTURE[source]}")
+    module = cupy.RawModule(code=flatten(source, defines), options=options)
     return module.get_function(source)
 
 

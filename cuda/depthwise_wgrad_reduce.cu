@@ -17,7 +17,8 @@ struct Parameters {
   int64 total_entries;  // of a slab: K times the taps, and one more where there is a dbias
 };
 
-// partials (slabs, taps, K) with one more beside the taps for dbias; dw (K, taps), dbias (K).
+// partials (slabs, taps, K) with one more beside the taps for dbias; dw (K, taps), dbias (K). Of partials that lie as dw
+// does, K is 1, and the sums for dbias follow.
 extern "C" __global__ void __launch_bounds__(kWarp* kParts)
     depthwise_wgrad_reduce(const Sum* partials, T* dw, T* dbias, const __grid_constant__ Parameters g) {
   __shared__ Sum sums[kParts][kWarp];
@@ -38,5 +39,6 @@ extern "C" __global__ void __launch_bounds__(kWarp* kParts)
   for (int other = 1; other < kParts; ++other) sum += sums[other][lane];
   const int64 tap = entry / g.K;
   const int64 k = entry - tap * g.K;
-  (tap < g.taps ? dw[k * g.taps + tap] : dbias[k]) = narrow<T>(sum);
+  const int64 weights = static_cast<int64>(g.taps) * g.K;
+  (entry < weights ? dw[k * g.taps + tap] : dbias[entry - weights]) = narrow<T>(sum);
 }

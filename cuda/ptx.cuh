@@ -134,6 +134,17 @@ __device__ __forceinline__ void copy_async_part(void* shared, const void* global
                : "memory");
 }
 
+// copy_async where `exists`, and zeros where not, for which an address is needed all the same.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_or_zeros(void* shared, const void* global, bool exists) {
+  if constexpr (kBytes == 16)
+    copy_async_part(shared, global, exists ? 16 : 0);
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(exists ? kBytes : 0)
+                 : "memory");
+}
+
 // Closes the calling thread's group of such copies.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -308,6 +319,82 @@ __device__ __forceinline__ double load_of_cluster(const double* shared, uint32 r
 }
 
 #endif  // sm_90
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Products of warp groups: four warps, of which the first one's number is a multiple of four, multiply 64 rows by so
+// many columns at once, while they do other things: between products_begin and products_wait neither sums nor a may be
+// touched.
+
+// Makes what these threads wrote to registers before visible to the products that follow.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes the group of products begun so far.
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until all groups of products but the newest kGroups are done.
+template <int kGroups>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+// Waits for the 128 threads of a warp group, and shows each what the others wrote to shared memory before; the number,
+// from 1 to 15, is the group's own.
+__device__ __forceinline__ void group_sync(int number) {
+  asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+}
+
+// b as the products below take it: columns of 128 bytes in shared memory, one behind the other, in groups of eight that
+// are aligned to 1024 bytes, of which the sixteenths i of column n lie at i ^ n % 8. A product reads 32 bytes of each
+// from `first` on.
+__device__ __forceinline__ uint64 swizzled_columns(const void* first) {
+  constexpr uint64 kSwizzle128 = 1ull << 62;
+  constexpr uint64 kGroupsApart = static_cast<uint64>(1024 / 16) << 32;
+  return kSwizzle128 | kGroupsApart | 1ull << 16 | (shared_address(first) & 0x3ffff) >> 4;
+}
+
+// Likewise of 16-bit elements where memory runs along the columns: rows of 64 columns, of which the sixteenths i of row n
+// lie at i ^ n % 8; further columns lie `apart` bytes behind. A product reads 16 rows.
+__device__ __forceinline__ uint64 swizzled_rows(const void* first, int apart) {
+  return swizzled_columns(first) & ~(0x3fffull << 16) | static_cast<uint64>(apart / 16) << 16;
+}
+
+// sum += a b, a of 64 rows, of which each warp has 16, laid out as for multiply_halves; of sum each lane has four
+// elements, as there, for every eight columns.
+#define CUCONV_SUMS_8(i) \
+  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), \
+      "+f"(sum[i + 6]), "+f"(sum[i + 7])
+#define CUCONV_SUMS_32(i) CUCONV_SUMS_8(i), CUCONV_SUMS_8(i + 8), CUCONV_SUMS_8(i + 16), CUCONV_SUMS_8(i + 24)
+#define CUCONV_GROUP_MULTIPLY(name, kinds, depth, last)                                                             \
+  __device__ __forceinline__ void name(float (&sum)[32], const uint32 (&a)[4], uint64 b) {                         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64" depth ".f32." kinds " {"                                    \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1" last ";"\
+                 : CUCONV_SUMS_32(0)                                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+  }                                                                                                                \
+  __device__ __forceinline__ void name(float (&sum)[64], const uint32 (&a)[4], uint64 b) {                         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128" depth ".f32." kinds " {"                                   \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1" last ";"                                                  \
+                 : CUCONV_SUMS_32(0), CUCONV_SUMS_32(32)                                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+  }
+CUCONV_GROUP_MULTIPLY(group_multiply_halves, "f16.f16", "k16", ", 0")
+CUCONV_GROUP_MULTIPLY(group_multiply_bfloat16s, "bf16.bf16", "k16", ", 0")
+CUCONV_GROUP_MULTIPLY(group_multiply_tf32s, "tf32.tf32", "k8", "")
+// With b as swizzled_rows has it.
+CUCONV_GROUP_MULTIPLY(group_multiply_halves_by_rows, "f16.f16", "k16", ", 1")
+CUCONV_GROUP_MULTIPLY(group_multiply_bfloat16s_by_rows, "bf16.bf16", "k16", ", 1")
+#undef CUCONV_GROUP_MULTIPLY
+#undef CUCONV_SUMS_32
+#undef CUCONV_SUMS_8
+
+#endif  // sm_90a
 
 }  // namespace ptx
 

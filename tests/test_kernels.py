@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 
 from cuconv import kernels, plan
+from cuconv.geometry import pointwise_geometry
 from cuconv.plan import channels_last, channels_last_mma, images, toeplitz
 
 cupy = pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
@@ -246,6 +247,30 @@ def test_images_compile_within_their_budget_elsewhere(case, architecture):
     else:
         spilled = kernels.compile_only(chosen, architecture).spill_bytes
         assert spilled <= SPILL_BUDGET_IMAGES, f"{chosen} spills {spilled} bytes on {architecture}"
+
+
+# Products of warp groups have 64 or 128 sums a thread, and one or two fragments of their left factor.
+POINTWISE = {
+    "pw512": ((16, 64, 512, 512), 128),
+    "mbv1_14": ((64, 512, 14, 14), 512),
+    "mbv1_7": ((128, 1024, 7, 7), 1024),
+    "xception": ((32, 728, 19, 19), 728),
+    "deeplab": ((8, 304, 129, 129), 256),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", POINTWISE)
+def test_warp_groups_compile_without_spills(case, channels_last):
+    x_shape, K = POINTWISE[case]
+    g = pointwise_geometry(x_shape, (K, x_shape[1]), channels_last=channels_last)
+    target = TARGETS[MEASURED]
+    for dtype, allow_tf32 in (("float32", False), ("float32", True), ("float16", False), ("bfloat16", False)):
+        plans = [plan.pointwise_conv(g, dtype, turned, plan.Epilogue(allow_tf32), target) for turned in (False, True)]
+        plans.append(plan.pointwise_wgrad(g, dtype, True, allow_tf32, target).sums)
+        for chosen in plans:
+            resources = kernels.compile_only(chosen, MEASURED)
+            assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes"
 
 
 def test_a_compile_error_names_variant_architecture_and_log():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,10 +13,12 @@ from backends import forget_kernels
 from torch.nn import functional
 
 import cuconv
-from cuconv import plan, reference
+from cuconv import kernels, plan, reference
 from cuconv.geometry import ACTIVATIONS, pointwise_geometry
+from cuconv.plan import pointwise_groups
 
-VARIANTS = ("products", "direct")
+VARIANTS = ("groups", "products", "direct")
+ON_ALL_DEVICES = ("products", "direct")
 LAYOUTS = ("nchw", "nhwc")
 # x, K, stride. Channels below, at and beyond tiles and stages; planes of every alignment, one and several a tile.
 CASES = {
@@ -63,13 +66,30 @@ def takes(variant, dtype, terms):
     return variant == "direct" or dtype in ("float16", "bfloat16") or (dtype == "float32" and terms >= 16)
 
 
-def all_cases(terms_of):
+def copied_by_words(dtype, *rows):
+    """Whether all rows of so many elements can be."""
+    return dtype == "float32" or all(row % 2 == 0 for row in rows)
+
+
+def groups_take(dtype, layout, x_shape, K, terms):
+    """Whether forward, or dgrad, by warp groups does: rows of weights and, channels-last, of images are copied so."""
+    return copied_by_words(dtype, x_shape[1], *((terms,) if layout == "nhwc" else ()))
+
+
+def groups_take_wgrad(dtype, layout, x_shape, K, terms):
+    return layout == "nchw" or copied_by_words(dtype, x_shape[1], K)
+
+
+def all_cases(terms_of, groups_take=groups_take):
     """Every case, where sums have so many terms: a function of x's shape, K and the stride."""
     for (name, (x_shape, K, stride)), dtype, layout, variant in product(
         CASES.items(), oracle.DTYPES, LAYOUTS, VARIANTS
     ):
+        terms = terms_of(x_shape, K, stride)
+        if variant == "groups" and not (stride == 1 and groups_take(dtype, layout, x_shape, K, terms)):
+            continue
         # Of one channel an array channels-last counts as NCHW.
-        if takes(variant, dtype, terms_of(x_shape, K, stride)) and not (name == "one_channel" and layout == "nhwc"):
+        if takes(variant, dtype, terms) and not (name == "one_channel" and layout == "nhwc"):
             name_of_test = f"{name}-{dtype}-{layout}-{variant}"
             yield pytest.param(x_shape, K, stride, dtype, layout, variant, id=name_of_test)
 
@@ -109,7 +129,7 @@ def test_every_variant_of_dgrad_matches_float64(device, rng, x_shape, K, stride,
     guards.assert_untouched()
 
 
-@pytest.mark.parametrize(ARGUMENTS, list(all_cases(counted)))
+@pytest.mark.parametrize(ARGUMENTS, list(all_cases(counted, groups_take_wgrad)))
 def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, K, stride, dtype, layout, variant):
     x, w, _ = random_arrays(rng, x_shape, K, dtype)
     g = pointwise_geometry(x_shape, w.shape, stride=stride)
@@ -125,6 +145,72 @@ def test_every_variant_of_wgrad_matches_float64(device, rng, x_shape, K, stride,
     assert_bound(device.host(dw), lambda of: exact_wgrad(of(dy), of(x), w.shape, stride)[0], terms)
     assert_bound(device.host(dbias), lambda of: exact_wgrad(of(dy), of(x), w.shape, stride)[1], terms)
     np.testing.assert_array_equal(device.host(alone), device.host(dw).reshape(w.shape[:2]))
+    dw_guards.assert_untouched()
+    dbias_guards.assert_untouched()
+
+
+# Of warp groups: every extent of a tile, weights that stay and that do not, one multiprocessor for many tiles; planes
+# whose rows are copied in whole pieces, and of an odd number of elements, one and several tiles an image.
+GROUPS_TILES = [
+    pointwise_groups.Tile(64, 1, 1, 1, 2, True),
+    pointwise_groups.Tile(64, 2, 2, 1, 3, False),
+    pointwise_groups.Tile(128, 1, 3, 1, 2, True),
+    pointwise_groups.Tile(128, 2, 1, 1, 4, False),
+    pointwise_groups.Tile(256, 1, 2, 1, 3, False),
+]
+OF_TILES = list(product(range(5), ((3, 72, 9, 12), (2, 72, 9, 15)), ("float32", "float16"), LAYOUTS))
+
+
+def one_multiprocessor(device):
+    return replace(device.target, multiprocessors=1)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["forward", "dgrad"])
+@pytest.mark.parametrize(("tile", "x_shape", "dtype", "layout"), OF_TILES)
+def test_every_tile_of_warp_groups(device, rng, tile, x_shape, dtype, layout, turned):
+    if device.target.architecture != 90:
+        pytest.skip("no warp groups")
+    x, w, bias = random_arrays(rng, x_shape, 136, dtype)
+    g = pointwise_geometry(x_shape, w.shape, channels_last=layout == "nhwc")
+    arguments = plan.Epilogue(), one_multiprocessor(device), GROUPS_TILES[tile], True
+    chosen = pointwise_groups.tile_plan(g, dtype, turned, *arguments)
+    if turned:
+        dy = rng.standard_normal(g.y_shape).astype(x.dtype)
+        dx = device.launch(chosen, dy, w, None, x_shape, layout)
+        assert_bound(dx, lambda of: exact_dgrad(of(dy), of(w), x_shape), 136)
+    else:
+        y = device.launch(chosen, x, w, bias, g.y_shape, layout)
+        assert_bound(y, lambda of: exact(of(x), of(w), of(bias)), 72)
+
+
+WGRAD_GROUPS_TILES = [
+    pointwise_groups.WgradTile(64, 1, 1, 1, 3, 1),
+    pointwise_groups.WgradTile(64, 2, 2, 1, 3, 2),
+    pointwise_groups.WgradTile(128, 1, 3, 1, 4, 2),
+    pointwise_groups.WgradTile(128, 2, 1, 1, 3, 3),
+    pointwise_groups.WgradTile(256, 1, 1, 1, 3, 2),
+]
+
+
+@pytest.mark.parametrize(("tile", "x_shape", "dtype", "layout"), OF_TILES)
+def test_every_tile_of_warp_groups_of_wgrad(device, rng, tile, x_shape, dtype, layout):
+    if device.target.architecture != 90:
+        pytest.skip("no warp groups")
+    x, w, _ = random_arrays(rng, x_shape, 136, dtype)
+    g = pointwise_geometry(x_shape, w.shape, channels_last=layout == "nhwc")
+    dy = rng.standard_normal(g.y_shape).astype(x.dtype)
+    chosen = pointwise_groups.wgrad_tile_plan(g, dtype, True, False, device.target, WGRAD_GROUPS_TILES[tile], True)
+    dw, dw_guards = device.guarded(w.shape, x.dtype)
+    dbias, dbias_guards = device.guarded((136,), x.dtype)
+    arrays = device.array(dy, layout), device.array(x, layout)
+    partials = device.module.empty(max(1, chosen.workspace_bytes), np.uint8)
+    results = partials.data.ptr, dw.data.ptr, dbias.data.ptr
+    kernels.load(chosen.sums, 0)(*(array.data.ptr for array in arrays), *results)
+    if chosen.reduce:
+        kernels.load(chosen.reduce, 0)(*results)
+    terms = g.N * g.P * g.Q
+    assert_bound(device.host(dw), lambda of: exact_wgrad(of(dy), of(x), w.shape)[0], terms)
+    assert_bound(device.host(dbias), lambda of: exact_wgrad(of(dy), of(x), w.shape)[1], terms)
     dw_guards.assert_untouched()
     dbias_guards.assert_untouched()
 
@@ -168,7 +254,7 @@ def test_activations_and_their_slopes_are_those_of_torch(activation):
 @pytest.mark.parametrize(("activation", "dtype"), list(product(ACTIVATIONS, ("float32", "bfloat16", "float64"))))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_activations_follow_the_bias(device, rng, activation, dtype, variant):
-    if variant == "products" and dtype == "float64":
+    if variant != "direct" and dtype == "float64":
         variant = "direct"
     x, w, bias = random_arrays(rng, (2, 16, 5, 6), 24, dtype)
     with plan.variant(variant):
@@ -229,7 +315,7 @@ def test_infinities_stay_in_their_channels_of_wgrad(device, rng, variant, layout
         assert np.isfinite(got).any()
 
 
-@pytest.mark.parametrize(("offset", "variant"), list(product((1, 3, 4), VARIANTS)))
+@pytest.mark.parametrize(("offset", "variant"), list(product((1, 3, 4), ON_ALL_DEVICES)))
 def test_arrays_at_any_offset(device, rng, offset, variant):
     x, w, _ = random_arrays(rng, (2, 16, 4, 4), 16, "float16")
     shifted = []

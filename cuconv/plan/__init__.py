@@ -22,6 +22,7 @@ from . import (
     direct,
     images,
     pointwise,
+    pointwise_groups,
     runs,
     separable,
     tiles,
@@ -98,10 +99,14 @@ _WGRAD = {
     "direct": wgrad.direct,
 }
 
-_POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
+_POINTWISE = {"groups": pointwise_groups.products, "products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
 _SEPARABLE: dict[str, Callable[..., Plan | None]] = {"fused": separable.fused, "apart": lambda *_: None}
-_POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
+_POINTWISE_WGRAD = {
+    "groups": pointwise_groups.wgrad,
+    "products": pointwise.wgrad_products,
+    "direct": pointwise.wgrad_direct,
+}
 
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {

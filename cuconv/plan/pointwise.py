@@ -11,7 +11,7 @@ from .wgrad import WgradPlan, with_reduce_of
 
 # What three products of TF32 leave out of each term, some three units of the last place, is below what a sum of so many
 # terms in float32 may be off by.
-_LEAST_TERMS = 16
+LEAST_TERMS = 16
 
 # As in cuda/pointwise_direct.cu and cuda/pointwise_wgrad_direct.cu.
 _DIRECT_THREADS = 256
@@ -47,8 +47,8 @@ def products(g: PointwiseGeometry, dtype: str, turned: bool, epilogue: Epilogue,
     if dtype == "float64":
         raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
     depth = g.K if turned else g.C
-    if dtype == "float32" and not epilogue.allow_tf32 and depth < _LEAST_TERMS:
-        raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {depth}")
+    if dtype == "float32" and not epilogue.allow_tf32 and depth < LEAST_TERMS:
+        raise Unsuitable(f"keeps float32's bound for sums of {LEAST_TERMS} terms or more, and these have {depth}")
     require_countable(g)
     return tile_plan(g, dtype, turned, epilogue, target, _tile(g, DTYPES[dtype][1], turned), aligned)
 
@@ -107,8 +107,8 @@ def wgrad_products(
     if dtype == "float64":
         raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
     pixels = g.N * g.P * g.Q
-    if dtype == "float32" and not allow_tf32 and pixels < _LEAST_TERMS:
-        raise Unsuitable(f"keeps float32's bound for sums of {_LEAST_TERMS} terms or more, and these have {pixels}")
+    if dtype == "float32" and not allow_tf32 and pixels < LEAST_TERMS:
+        raise Unsuitable(f"keeps float32's bound for sums of {LEAST_TERMS} terms or more, and these have {pixels}")
     require_countable(g)
     name, size = DTYPES[dtype]
     t = wgrad_tile(g, size, stages=3)
@@ -309,8 +309,8 @@ def pixels_parameters(g: PointwiseGeometry, name: str, channels: int, *, of_x: b
     """A Pixels of cuda/pixels.cuh."""
     rows, columns = (g.H, g.W) if of_x else (g.P, g.Q)
     step = g.stride if of_x else (1, 1)
-    counted_magic, counted_shift = _divisor(g.P * g.Q)
-    row_magic, row_shift = _divisor(g.Q)
+    counted_magic, counted_shift = divisor_of(g.P * g.Q)
+    row_magic, row_shift = divisor_of(g.Q)
     return (
         (f"{name}_channels", channels),
         (f"{name}_plane", rows * columns),
@@ -326,7 +326,7 @@ def pixels_parameters(g: PointwiseGeometry, name: str, channels: int, *, of_x: b
     )
 
 
-def _divisor(divisor: int) -> tuple[int, int]:
+def divisor_of(divisor: int) -> tuple[int, int]:
     """Magic and shift of divide_by in cuda/pixels.cuh."""
     shift = (divisor - 1).bit_length()
     return -(-(2 ** (31 + shift)) // divisor), shift

@@ -175,9 +175,14 @@ def with_reduce(sums: Plan, slabs: int, g: Conv2dGeometry, dtype: str, bias: boo
     return with_reduce_of(sums, slabs, g.K, g.R * g.S, dtype, bias)
 
 
-def with_reduce_of(sums: Plan, slabs: int, K: int, taps: int, dtype: str, bias: bool) -> WgradPlan:
-    """Likewise, of so many weights an output channel; the workspace is (slabs, taps and one for dbias, K)."""
+def with_reduce_of(
+    sums: Plan, slabs: int, K: int, taps: int, dtype: str, bias: bool, *, as_dw: bool = False
+) -> WgradPlan:
+    """Likewise, of so many weights an output channel; the workspace is (slabs, taps and one for dbias, K), or as dw
+    lies, (slabs, K, taps) with dbias behind each."""
     total = K * (taps + bias)
+    if as_dw:
+        K, taps = 1, K * taps
     reduce = Plan(
         source="depthwise_wgrad_reduce",
         defines=(("T", DTYPES[dtype][0]),),

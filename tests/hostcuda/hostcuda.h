@@ -108,6 +108,13 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, int line = _
 
 template <class T> T __ldg(const T* pointer) { return *pointer; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+// Bytes of the two words, low first, that the selector's four digits name.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const unsigned long long bytes = (unsigned long long)high << 32 | low;
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; i++) chosen |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return chosen;
+}
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return unsigned(((unsigned long long)high << 32 | low) >> (shift % 32));
 }
@@ -201,6 +208,12 @@ inline void copy_async_part(void* shared, const void* global, int bytes, int lin
   copy_async<16>(shared, global, line);
   self->copies.back().bytes = bytes;
   self->copies.push_back({static_cast<unsigned char*>(shared) + bytes, zeros, uint32(16 - bytes), self->copy_groups});
+}
+
+template <int kBytes>
+void copy_async_or_zeros(void* shared, const void* global, bool exists, int line = __builtin_LINE()) {
+  static const unsigned char zeros[16] __attribute__((aligned(16))) = {};
+  copy_async<kBytes>(shared, exists ? global : zeros, line);
 }
 
 inline void copy_async_commit() { self->copy_groups++; }
@@ -394,6 +407,85 @@ T load_of_cluster(const T* shared, uint32 rank, int line = __builtin_LINE()) {
     }
   fail("reads block %u of its cluster, which has not met it, in line %d", rank, line);
   return T(0);
+}
+
+// Products of warp groups, done at once, which the rules allow.
+inline void products_begin() {}
+inline void products_commit() {}
+template <int kGroups>
+void products_wait() {}
+
+inline void group_sync(int number, int line = __builtin_LINE()) {
+  static uint64 meetings[16];
+  if (number < 1 || number > 15) fail("group_sync of number %d, in line %d", number, line);
+  uint64* const meeting = &meetings[number];
+  bool known = false;
+  for (hostcuda::Barrier& barrier : hostcuda::barriers) known |= barrier.address == meeting;
+  if (!known) hostcuda::barriers.push_back({meeting, 128, 128, 0, 0});
+  hostcuda::Barrier& found = hostcuda::find_barrier(meeting, line);
+  const uint32 phase = found.phase;
+  found.pending--;
+  complete_phase(found);
+  self->barrier = meeting;
+  while (hostcuda::find_barrier(meeting, line).phase == phase) hostcuda::wait(hostcuda::kAtBarrier, line);
+}
+
+// Offsets in dynamic shared memory take the place of addresses.
+inline uint64 swizzled_columns(const void* first, int line = __builtin_LINE()) {
+  if (!hostcuda::in_shared(first, 32)) fail("swizzled_columns outside shared memory, in line %d", line);
+  const auto offset = static_cast<const unsigned char*>(first) - hostcuda::dynamic_shared;
+  if (offset % 16) fail("swizzled_columns needs a multiple of 16 bytes, in line %d", line);
+  return uint64(offset);
+}
+
+inline uint64 swizzled_rows(const void* first, int apart, int line = __builtin_LINE()) {
+  return swizzled_columns(first, line) | uint64(apart) << 32;
+}
+
+// kDepth elements of 32 / kDepth bytes a row of a and a column of b; each warp makes its own 16 rows.
+template <int kDepth, bool kByRows = false, int kSums, class Element>
+void group_multiply(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, Element element, int line) {
+  constexpr int kBytes = 32 / kDepth, kPerWord = 4 / kBytes, kHalf = kDepth / 2;
+  const int lane = hostcuda::own_lane();
+  struct Fragment { uint32 a[4]; };
+  const Fragment own = {{a[0], a[1], a[2], a[3]}};
+  show_lanes(own, line, [&](auto of_lane) {
+    for (int i = 0; i < kSums; i++) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2, half = i % 4 / 2;
+      for (int k = 0; k < kDepth; k++) {
+        const int word = k % kHalf / kPerWord, shift = k % kPerWord * kBytes * 8;
+        const uint32 left = of_lane(lane / 4 * 4 + word).a[half + k / kHalf * 2] >> shift;
+        auto place = reinterpret_cast<uintptr_t>(hostcuda::dynamic_shared) + uint32(b);
+        place += kByRows ? column / 64 * (b >> 32) + k * 128 + column % 64 * kBytes : column * 128 + k * kBytes;
+        place ^= place >> 3 & 0x70;
+        const auto* right = reinterpret_cast<const unsigned char*>(place);
+        if (!hostcuda::in_shared(right, kBytes)) fail("products outside shared memory, in line %d", line);
+        sum[i] += element(left) * element(*reinterpret_cast<const std::conditional_t<kBytes == 2, uint16, uint32>*>(right));
+      }
+    }
+  });
+}
+template <int kSums>
+void group_multiply_halves(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, int line = __builtin_LINE()) {
+  group_multiply<16>(sum, a, b, [](uint32 bits) { return half_to_float(uint16(bits)); }, line);
+}
+template <int kSums>
+void group_multiply_bfloat16s(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, int line = __builtin_LINE()) {
+  group_multiply<16>(sum, a, b, [](uint32 bits) { return bfloat16_to_float(uint16(bits)); }, line);
+}
+template <int kSums>
+void group_multiply_halves_by_rows(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, int line = __builtin_LINE()) {
+  group_multiply<16, true>(sum, a, b, [](uint32 bits) { return half_to_float(uint16(bits)); }, line);
+}
+template <int kSums>
+void group_multiply_bfloat16s_by_rows(float (&sum)[kSums], const uint32 (&a)[4], uint64 b,
+                                      int line = __builtin_LINE()) {
+  group_multiply<16, true>(sum, a, b, [](uint32 bits) { return bfloat16_to_float(uint16(bits)); }, line);
+}
+// What is below TF32's 11 bits is not looked at.
+template <int kSums>
+void group_multiply_tf32s(float (&sum)[kSums], const uint32 (&a)[4], uint64 b, int line = __builtin_LINE()) {
+  group_multiply<8>(sum, a, b, [](uint32 bits) { return __uint_as_float(bits & 0xFFFFE000u); }, line);
 }
 
 #endif  // sm_90
