@@ -24,6 +24,7 @@ from . import (
     pointwise,
     runs,
     separable,
+    separable_fragments,
     tiles,
     toeplitz,
     wgrad,
@@ -100,7 +101,11 @@ _WGRAD = {
 
 _POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
-_SEPARABLE: dict[str, Callable[..., Plan | None]] = {"fused": separable.fused, "apart": lambda *_: None}
+_SEPARABLE: dict[str, Callable[..., Plan | None]] = {
+    "fragments": separable_fragments.fragments,
+    "apart": lambda *_: None,
+    "fused": separable.fused,
+}
 _POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
 
 # Of these, those that are asked before all others: each says where.
