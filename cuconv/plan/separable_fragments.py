@@ -24,7 +24,7 @@ class Tile:
     lane_rows: int
     warps: int
     strip: int  # columns
-    pitch: int
+    widest: int
     slots: int
     chunk: int  # rows
     shared_bytes: int
@@ -98,7 +98,7 @@ def _tile(
 
     chunks = min(range(1, min(units_of_strip, 64) + 1), key=time)
     chunk = -(-units_of_strip // chunks) * lane_rows
-    return Tile(lane_rows, warps, strip, pitch, slots, chunk, fixed + slots * slot)
+    return Tile(lane_rows, warps, strip, widest, slots, chunk, fixed + slots * slot)
 
 
 def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target: Target, t: Tile) -> Plan:
@@ -111,6 +111,7 @@ def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
         source="separable_fragments",
         defines=(
             ("T", name),
+            ("CHANNELS_LAST", 0),
             ("R", depthwise.R),
             ("S", depthwise.S),
             ("LEFT", depthwise.padding[1][0]),
@@ -119,7 +120,7 @@ def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
             ("DEPTHWISE_ACTIVATION", epilogue.depthwise_activation or "none"),
             ("LANE_ROWS", t.lane_rows),
             ("DEPTH_BLOCKS", _depth_blocks(pointwise.C, size)),
-            ("PITCH", t.pitch),
+            ("WIDEST", t.widest),
             ("SLOTS", t.slots),
             ("WARPS", t.warps),
             ("TERMS", _terms(dtype, epilogue)),
