@@ -85,7 +85,9 @@ def suits(variant, name, dtype, layout):
     piece = 4 if dtype == "float32" else 8
     Q = W + sum(padding[1]) - (S - 1) * dilation[1]
     undilated = stride == dilation == (1, 1) and not name.startswith("multiplier")
-    return layout == "nchw" and undilated and W % piece == Q % piece == 0 and S - 1 <= piece and C * R * S < 1000
+    K = CASES[name][2]
+    whole = C % piece == K % piece == 0 if layout == "nhwc" else W % piece == Q % piece == 0 and S - 1 <= piece
+    return undilated and whole and C * R * S < 1000
 
 
 def all_cases():

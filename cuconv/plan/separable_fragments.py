@@ -1,18 +1,20 @@
-"""Depthwise-separable convolution in one kernel whose middle stays in registers: see cuda/separable_fragments.cu."""
+"""Depthwise-separable convolution in one kernel whose middle stays in registers: see cuda/fragments.cuh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..geometry import SeparableGeometry
-from .base import DTYPES, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable, require_nchw
+from ..geometry import PointwiseGeometry, SeparableGeometry
+from .base import DTYPES, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
 from .separable import MAX_TAPS, SeparableEpilogue, middle_parameters
 
-# Pixels of a lane along a row, groups of them in a tile, and what one product takes of the rows of w.
+# Pixels of a lane along a row, and groups of them in a tile.
 _COLUMNS = 4
 _GROUPS = 8
+# Channels of the result that are made at a time: as kRowsTogether, a term, and as kAbreast.
 _PRODUCT_ROWS = 16
+_ABREAST = 32
 _FLOAT_BYTES = 4
 _BARRIER_BYTES = 8
 
@@ -46,15 +48,15 @@ def require(g: SeparableGeometry, dtype: str, target: Target, aligned: bool) -> 
         raise Unsuitable("needs barriers of compute capability 9.0 or newer")
     if dtype == "float64":
         raise Unsuitable("takes elements of 16 or 32 bits, and float64 has 64")
-    require_nchw(depthwise)
     if depthwise.stride != (1, 1) or depthwise.dilation != (1, 1) or depthwise.multiplier != 1:
         raise Unsuitable("takes stride 1, no dilation and multiplier 1")
     if depthwise.R * depthwise.S > MAX_TAPS:
         raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {depthwise.R} x {depthwise.S}")
     piece = VECTOR_BYTES // DTYPES[dtype][1]
-    if not aligned or depthwise.W % piece or depthwise.Q % piece:
-        raise Unsuitable(f"takes rows of whole {VECTOR_BYTES} bytes, and these have {depthwise.W} and {depthwise.Q}")
-    if depthwise.padding[1][0] >= piece or depthwise.padding[1][1] > piece or depthwise.S - 1 > piece:
+    along, extents = ("pixels", (pointwise.C, pointwise.K)) if depthwise.channels_last else ("rows", (depthwise.W, depthwise.Q))
+    if not aligned or any(extent % piece for extent in extents):
+        raise Unsuitable(f"takes {along} of whole {VECTOR_BYTES} bytes, and these have {extents[0]} and {extents[1]}")
+    if not depthwise.channels_last and (depthwise.padding[1][0] >= piece or depthwise.S - 1 > piece):
         raise Unsuitable(f"reaches {piece} columns beyond a row at most")
     if pointwise.N * pointwise.P * pointwise.Q >= 2**31:
         raise Unsuitable("counts fewer than 2**31 pixels")
@@ -78,14 +80,18 @@ def _tile(
     piece = VECTOR_BYTES // size
     strips = -(-depthwise.Q // widest)
     strip = -(-depthwise.Q // (strips * piece)) * piece
-    pitch = widest + 3 * piece
-    depth = _depth_blocks(pointwise.C, size) * _product_depth(size)
-    rows = _padded_rows(pointwise.K, dtype, epilogue)
-    fixed = rows * (depth + VECTOR_BYTES // size) * size + depth * _tap_pitch(depthwise.R, depthwise.S) * _FLOAT_BYTES
-    fixed += rows * _FLOAT_BYTES
-    slot = depth * pitch * size + 2 * _BARRIER_BYTES
+    depth = _depth_blocks(pointwise, size) * _product_depth(size)
+    if depthwise.channels_last:
+        slot, channels = (widest + depthwise.S - 1) * (depth + piece), -(-pointwise.K // _ABREAST) * _ABREAST
+        taps = (depthwise.R * depthwise.S + 1) * depth
+    else:
+        together = _PRODUCT_ROWS * _terms(dtype, epilogue)
+        slot, channels = depth * (widest + 3 * piece), -(-pointwise.K // together) * together
+        taps = depth * (-(-(depthwise.R * depthwise.S + 1) // 4) * 4)
+    fixed = channels * (depth + piece) * size + (taps + channels) * _FLOAT_BYTES
+    slot = slot * size + 2 * _BARRIER_BYTES
     slots = min(16, (target.shared_per_block - SHARED_RESERVE - fixed) // slot)
-    groups = strip // _COLUMNS
+    groups = -(-strip // _COLUMNS)
     units = 1 + -(-(_GROUPS - 1) // groups)
     if slots < units * lane_rows + depthwise.R - 1:
         return None
@@ -108,10 +114,10 @@ def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
     strips, chunks = -(-depthwise.Q // t.strip), -(-depthwise.P // t.chunk)
     tasks = depthwise.N * chunks * strips
     return Plan(
-        source="separable_fragments",
+        source="separable_fragments_channels_last" if depthwise.channels_last else "separable_fragments",
         defines=(
             ("T", name),
-            ("CHANNELS_LAST", 0),
+            ("CHANNELS_LAST", int(depthwise.channels_last)),
             ("R", depthwise.R),
             ("S", depthwise.S),
             ("LEFT", depthwise.padding[1][0]),
@@ -119,7 +125,7 @@ def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
             ("STRIP", piece),
             ("DEPTHWISE_ACTIVATION", epilogue.depthwise_activation or "none"),
             ("LANE_ROWS", t.lane_rows),
-            ("DEPTH_BLOCKS", _depth_blocks(pointwise.C, size)),
+            ("DEPTH_BLOCKS", _depth_blocks(pointwise, size)),
             ("WIDEST", t.widest),
             ("SLOTS", t.slots),
             ("WARPS", t.warps),
@@ -151,15 +157,7 @@ def _product_depth(size: int) -> int:
     return 16 if size == 2 else 8
 
 
-def _depth_blocks(channels: int, size: int) -> int:
-    return -(-channels // _product_depth(size))
-
-
-def _padded_rows(channels: int, dtype: str, epilogue: SeparableEpilogue) -> int:
-    """As kRowsTogether has it."""
-    together = _PRODUCT_ROWS * _terms(dtype, epilogue)
-    return -(-channels // together) * together
-
-
-def _tap_pitch(R: int, S: int) -> int:
-    return -(-(R * S + 1) // 4) * 4
+def _depth_blocks(g: PointwiseGeometry, size: int) -> int:
+    """Blocks of channels; channels-last a lane makes those of two of them together."""
+    together = 1 + g.channels_last
+    return -(-g.C // (together * _product_depth(size))) * together
