@@ -4,14 +4,14 @@
 // which pixel is which row or column of the product is free to choose. So a lane takes a group of pixels, kColumns
 // neighbours in kLaneRows rows, makes all channels of the middle that it holds there from rows of x in shared memory, and
 // is left with fragments; a group belongs to four lanes, which share its channels, and eight groups are a tile. Warps meet
-// nowhere: each takes tiles, all channels, and goes down the rows with a ring of them, which one more warp keeps filled.
+// nowhere: each takes tiles, all channels, and goes down the rows with a ring of them, which other warps keep filled.
 //
 // A block takes tasks, each some rows of a strip of columns of an image, and counts the rows of x of all its tasks
 // through; row n is in slot n % kSlots of the ring.
 //
 // Compile-time values: T; CHANNELS_LAST; R, S, LEFT (padding before a row, less than a piece), VECTOR, STRIP (elements
 // of a piece, of 16 bytes) and DEPTHWISE_ACTIVATION, as in middle.cuh; LANE_ROWS; DEPTH_BLOCKS (of channels, as many as
-// a product takes of the depth); WIDEST (columns of a strip, at most); SLOTS; WARPS (that compute); TERMS (of an element
+// a product takes of the depth); WIDEST (columns of a strip, at most); SLOTS; WARPS (that compute); BRINGERS (warps that fill the ring); TERMS (of an element
 // of float32: 1 or 2, see matrices.cuh); ACTIVATION.
 #pragma once
 #include "activations.cuh"
@@ -29,7 +29,8 @@ constexpr int kSlots = CUCONV_SLOTS;
 constexpr int kWarps = CUCONV_WARPS;
 constexpr int kTerms = CUCONV_TERMS;
 
-constexpr int kThreads = (kWarps + 1) * kWarp;
+constexpr int kBringers = CUCONV_BRINGERS;
+constexpr int kThreads = (kWarps + kBringers) * kWarp;
 constexpr int kPiece = kVector;
 constexpr bool kHalves = sizeof(T) == 2;
 constexpr int kDepth = kDepthBlocks * kProductDepth<T>;
@@ -42,7 +43,7 @@ constexpr int kRowsOfX = kLaneRows + kR - 1;
 static_assert(kPiece * sizeof(T) == 16);
 
 struct Parameters {
-  int K, P, Q;
+  int N, K, P, Q;
   int strips, strip;  // of an image, and columns of one
   int chunks, chunk;  // of a strip, and rows of one
   int tasks;
@@ -80,16 +81,18 @@ struct Ring {
 
   __device__ __forceinline__ void init(int thread) const {
     if (thread < kSlots) {
-      ptx::barrier_init(&full[thread], kWarp);
+      ptx::barrier_init(&full[thread], kBringers * kWarp);
       ptx::barrier_init(&empty[thread], kWarps);
     }
   }
 
-  // Of the warp that fills the ring: waits for the slot of a row, and has it announced once its copies have landed.
+  // Of those that fill the ring: waits for the slot of a row, and announces that it is full, or will be once the copies of
+  // the calling thread have landed.
   __device__ __forceinline__ void await_slot(int row) const {
     if (row >= kSlots) ptx::barrier_wait(&empty[row % kSlots], (row / kSlots - 1) % 2);
   }
-  __device__ __forceinline__ void announce(int row) const { ptx::copy_async_arrive(&full[row % kSlots]); }
+  __device__ __forceinline__ void announce(int row) const { ptx::barrier_arrive(&full[row % kSlots]); }
+  __device__ __forceinline__ void announce_copies(int row) const { ptx::copy_async_arrive(&full[row % kSlots]); }
 
   // Of the others: waits for the rows before `row`, and gives those back, which must have landed.
   __device__ __forceinline__ void await(int row) {

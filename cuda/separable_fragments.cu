@@ -3,9 +3,13 @@
 //
 // y (K, pixels) = w (K, C) middle (C, pixels): the middle is the right operand, a lane's pixels are one column of as many
 // products, and of the sums a lane has neighbours of a row: of 16 bits eight, of 32 bits twice four.
+//
+// Compile-time values: those of fragments.cuh, and WHOLE (whether rows of x and y are whole pieces). Where they are not,
+// pieces of x come as they lie in memory, from boundary to boundary, and are shifted into place once they have landed;
+// and results go through shared memory, where the lanes of a warp take neighbours.
 #include "fragments.cuh"
 
-static_assert(!kChannelsLast);
+constexpr bool kWhole = CUCONV_WHOLE;
 
 constexpr int kPitch = kWidest + 3 * kPiece;  // from a channel to the next, an odd number of pieces
 constexpr int kSlot = kDepth * kPitch;
@@ -14,6 +18,11 @@ constexpr int kTapPitch = (kTaps + 1 + 3) / 4 * 4;  // of a channel's taps, with
 constexpr int kTogether = kTerms == 2 ? 2 : 1;
 constexpr int kRowsTogether = kTogether * kProductRows;
 
+// Of results on their way, a row of w after the other.
+constexpr int kPagePitch = kLaneRows * kGroups * kColumns + kPiece;
+constexpr int kPage = kWhole ? 0 : kProductRows * kPagePitch;
+
+static_assert(!kChannelsLast && (kWhole ? kBringers == 1 : kDepth % kBringers == 0));
 static_assert(kGroups == kProductColumns && kWidest % (2 * kPiece) == 0 && kLeft < kPiece);
 
 // Copies a piece of each channel of a row, of those that are a lane's: from `first` on, kApart apart. Zeros where there is
@@ -45,7 +54,7 @@ __device__ __forceinline__ void bring_rows(const Parameters& g, const T* x, T* s
 #pragma unroll 1
   for (int task = static_cast<int>(blockIdx.x); task < g.tasks; task += static_cast<int>(gridDim.x)) {
     const Task at(g, task);
-    const T* const image = x + at.image * g.middle.channels * plane;
+    const T* const image = x + static_cast<int64>(at.image) * g.middle.channels * plane;
     // The lane's columns, counted from that of the slot's first.
     const int inner = kPiece + piece;
     const int outer = lane % 2 * (at.groups * kColumns + kPiece);
@@ -64,9 +73,120 @@ __device__ __forceinline__ void bring_rows(const Parameters& g, const T* x, T* s
                                         plane);
       copy_channels<kWarp / 2>(to + lane / 2 * kPitch + outer, x, image + offset + lane / 2 * plane + outer,
                                row_exists && within(at.q - kPiece + outer, W), lane / 2, g.middle.channels, plane);
-      ring.announce(row);
+      ring.announce_copies(row);
     }
   }
+}
+
+// A row of x on its way to the ring.
+struct Arrival {
+  int64 start;  // the element of the first channel that is the slot's first column, which need not exist
+  int v;        // its column
+  int columns;  // of the slot
+  bool exists;
+};
+
+constexpr int kOwnChannels = kDepth / kBringers;  // of a warp that fills the ring
+
+// Where a channel's first column is among the pieces of its slot.
+__device__ __forceinline__ int phase_of(int64 start) { return static_cast<int>(start & (kPiece - 1)); }
+
+// Begins to copy a row of some channels to the slot's, `to`, piece by piece as they lie in memory.
+__device__ __forceinline__ void copy_pieces(const Parameters& g, const T* x, T* to, const Arrival& row, int first, int lane) {
+  constexpr int kPieces = kPitch / kPiece;
+  const int64 plane = static_cast<int64>(g.middle.H) * g.middle.W;
+  const int64 elements = g.N * plane * g.middle.channels;
+#pragma unroll 4
+  for (int item = lane; item < kOwnChannels * kPieces; item += kWarp) {
+    const int c = item / kPieces;
+    const int piece = item - c * kPieces;
+    const int64 start = row.start + (first + c) * plane;
+    const int64 element = start - phase_of(start) + piece * kPiece;
+    if (row.exists && first + c < g.middle.channels && piece * kPiece < phase_of(start) + row.columns && element >= 0 &&
+        element < elements)
+      ptx::copy_async_part(to + c * kPitch + piece * kPiece, x + element,
+                           static_cast<int>(min(elements - element, static_cast<int64>(kPiece)) * sizeof(T)));
+  }
+}
+
+// Shifts them into place, and makes zeros of what is outside x.
+__device__ __forceinline__ void shift_pieces(const Parameters& g, T* to, const Arrival& row, int first, int lane) {
+  constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  constexpr int kWords = kPitch / kPerWord;  // of a channel
+  constexpr int kOwnWords = (kWords + kWarp - 1) / kWarp;
+  constexpr int kTogether = 4;
+  const int64 plane = static_cast<int64>(g.middle.H) * g.middle.W;
+#pragma unroll 1
+  for (int c = 0; c < kOwnChannels; c += kTogether) {
+    uint32 value[kTogether][kOwnWords];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      if (c + t >= kOwnChannels) break;
+      const int phase = phase_of(row.start + (first + c + t) * plane);
+      const uint32* const words = reinterpret_cast<const uint32*>(to + (c + t) * kPitch) + phase / kPerWord;
+      const bool exists = row.exists && first + c + t < g.middle.channels;
+#pragma unroll
+      for (int i = 0; i < kOwnWords; ++i) {
+        const int word = lane + i * kWarp;
+        if (word * kPerWord >= row.columns) break;
+        value[t][i] = words[word];
+        if constexpr (kHalves) value[t][i] = __funnelshift_r(value[t][i], words[word + 1], phase % 2 * 16);
+        value[t][i] = exists ? value[t][i] & mask_of_columns<T>(row.v + word * kPerWord, g.middle.W) : 0;
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t)
+#pragma unroll
+      for (int i = 0; i < kOwnWords; ++i) {
+        const int word = lane + i * kWarp;
+        if (c + t < kOwnChannels && word * kPerWord < row.columns)
+          reinterpret_cast<uint32*>(to + (c + t) * kPitch)[word] = value[t][i];
+      }
+  }
+}
+
+// As bring_rows, of rows that begin anywhere, by the lanes of one warp of kBringers; each has channels of its own.
+__device__ __forceinline__ void bring_rows_from_anywhere(const Parameters& g, const T* x, T* slots, const Ring& ring,
+                                                         int bringer, int lane) {
+  constexpr int kAhead = 2;  // rows that are copied while an earlier one is shifted
+  const int first = bringer * kOwnChannels;
+  const int H = g.middle.H;
+  const int64 plane = static_cast<int64>(H) * g.middle.W;
+  T* const own = slots + first * kPitch;
+  Arrival arrivals[kAhead + 1];  // the newest one last
+  int row = 0;
+  const auto advance = [&] {
+    ptx::copy_async_commit();
+    if (row >= kAhead) {
+      ptx::copy_async_wait<kAhead>();
+      __syncwarp();
+      shift_pieces(g, own + (row - kAhead) % kSlots * kSlot, arrivals[0], first, lane);
+      ring.announce(row - kAhead);
+    }
+    ++row;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) arrivals[i] = arrivals[i + 1];
+  };
+#pragma unroll 1
+  for (int task = static_cast<int>(blockIdx.x); task < g.tasks; task += static_cast<int>(gridDim.x)) {
+    const Task at(g, task);
+    const int rows = at.rows_of_x();
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r) {
+      const int h = at.p - g.middle.top + r;
+      Arrival& newest = arrivals[kAhead];
+      newest.v = at.q - kPiece;
+      newest.start = static_cast<int64>(at.image) * g.middle.channels * plane + static_cast<int64>(h) * g.middle.W + newest.v;
+      newest.columns = at.groups * kColumns + 2 * kPiece;
+      newest.exists = within(h, H);
+      ring.await_slot(row);
+      copy_pieces(g, x, own + row % kSlots * kSlot, newest, first, lane);
+      advance();
+    }
+  }
+#pragma unroll 1
+  for (int i = 0; i < kAhead; ++i) advance();
 }
 
 // The columns of x that a lane's columns of one row meet; `source` is a multiple of kColumns elements.
@@ -165,6 +285,7 @@ __device__ __forceinline__ void multiply_middle(Sums& sum, const T* weights, con
   const T* const row = weights + lane % 16 * kWeightPitch + lane / 16 * (kProductDepth<T> / 2);
 #pragma unroll
   for (int block = 0; block < kDepthBlocks; ++block) {
+    if (kDepthBlocks * kPixels > 32 && block > 0 && block % 2 == 0) __syncwarp();
     Left<kTerms> left[kTogether];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) {
@@ -198,7 +319,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   T* const weights = slots + kSlots * kSlot;
   float* const taps = reinterpret_cast<float*>(weights + padded_K * kWeightPitch);
   float* const biases = taps + kDepth * kTapPitch;
-  uint64* const barriers = reinterpret_cast<uint64*>(biases + padded_K);
+  T* const pages = reinterpret_cast<T*>(biases + padded_K);
+  uint64* const barriers = reinterpret_cast<uint64*>(pages + kWarps * kPage);
   Ring ring = {barriers, barriers + kSlots};
 
   for (int i = thread; i < padded_K * kDepth; i += kThreads) {
@@ -221,11 +343,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   for (int k = thread; k < padded_K; k += kThreads) biases[k] = bias != nullptr && k < g.K ? float(widen(bias[k])) : 0.0f;
   ring.init(thread);
   __syncthreads();
-  if (warp == kWarps) return bring_rows(g, x, slots, ring, lane);
+  if (warp >= kWarps) {
+    if constexpr (kWhole) {
+      bring_rows(g, x, slots, ring, lane);
+    } else {
+      bring_rows_from_anywhere(g, x, slots, ring, warp - kWarps, lane);
+    }
+    return;
+  }
 
   const int64 plane = static_cast<int64>(g.P) * g.Q;
   // The lane's column of products, as a group of pixels; sums are then neighbours: of 16 bits 8 of a lane, of 32 bits 4
   // of each of four lanes.
+  T* const page = pages + warp * kPage;
   const int column = lane / 4;
   const int own_group = kHalves ? column : column % 2 * 4 + column / 2;
   const int channel = lane % 4 * (kHalves ? 2 : 1);
@@ -237,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   for (int task = static_cast<int>(blockIdx.x); task < g.tasks; task += static_cast<int>(gridDim.x)) {
     const Task at(g, task);
     const int groups = at.units * at.groups;
-    T* const result = y + at.image * g.K * plane + static_cast<int64>(at.p) * g.Q + at.q;
+    T* const result = y + static_cast<int64>(at.image) * g.K * plane + static_cast<int64>(at.p) * g.Q + at.q;
 #pragma unroll 1
     for (; tile * kGroups < groups; tile += kWarps) {
       const int last = min(tile * kGroups + kGroups, groups) - 1;
@@ -258,17 +388,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const int lowest_of_next = next * kGroups < groups ? next * kGroups / at.groups * kLaneRows : at.rows_of_x();
       ring.release(min(ring.landed, rows_before + lowest_of_next), lane);
 
-      // Where the groups lie whose sums are this lane's, and how many rows of them exist.
       const int own_first = unit * kLaneRows * g.Q + first_column;
-      const int own_rows = tile * kGroups + own_group <= last ? at.rows - unit * kLaneRows : 0;
+      const int own_rows = tile * kGroups + own_group <= last ? min(kLaneRows, at.rows - unit * kLaneRows) : 0;
+      float probe = 0;  // NaN once a sum is not finite
+
+      // Where the groups lie whose sums are this lane's, and how many rows of them exist; or the pixel of each row that
+      // the lane stores.
       int place[2];
       int rows_of[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        place[e] = __shfl_sync(0xffffffffu, own_first, lane % 4 * 8 + e * 4);
-        rows_of[e] = __shfl_sync(0xffffffffu, own_rows, lane % 4 * 8 + e * 4);
+        const int other = kWhole ? lane % 4 * 2 + e : kHalves ? column : column % 4 * 2 + column / 4;
+        place[e] = __shfl_sync(0xffffffffu, own_first, 4 * other);
+        rows_of[e] = __shfl_sync(0xffffffffu, own_rows, 4 * other);
       }
-      float probe = 0;  // NaN once a sum is not finite
+      if (!kWhole) {
+        const int pixel = place[0] + lane % 4;
+        if (place[0] % g.Q + lane % 4 >= at.columns) rows_of[0] = 0;
+        place[0] = pixel;
+      }
 #pragma unroll 1
       for (int first = 0; first < g.K; first += kRowsTogether) {
         Sums sum;
@@ -283,12 +421,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
         multiply_middle(sum, weights + first * kWeightPitch, middle, lane);
 #pragma unroll
-        for (int t = 0; t < kTogether; ++t)
+        for (int t = 0; t < kTogether; ++t) {
+          if (!kWhole) __syncwarp();
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int k = first + t * kProductRows + half * 8 + lane / 4;
+            const int row = half * 8 + lane / 4;
+            const int k = first + t * kProductRows + row;
+            if (kWhole && k >= g.K) continue;
             T* const to = result + k * plane;
-            if (k >= g.K) continue;
+            T* const on_page = page + row * kPagePitch;
 #pragma unroll
             for (int p = 0; p < kLaneRows; ++p) {
               float value[2][kColumns];
@@ -300,22 +441,41 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                   if (kTerms == 2) probe = fma(z, 0.0f, probe);
                   value[e][q] = activation::CUCONV_ACTIVATION(z);
                 }
-              if constexpr (kHalves) {
-                if (p < rows_of[0]) store_narrowed<2 * kColumns>(to + place[0] + p * g.Q, value[0]);
-              } else {
+              constexpr int kAtOnce = kHalves ? 2 * kColumns : kColumns;
 #pragma unroll
-                for (int e = 0; e < 2; ++e)
-                  if (p < rows_of[e]) store_narrowed<kColumns>(to + place[e] + p * g.Q, value[e]);
+              for (int e = 0; e < 2 * kColumns / kAtOnce; ++e) {
+                const int column = lane % 4 * kAtOnce + e * 4 * kAtOnce;
+                if (!kWhole) {
+                  store_narrowed<kAtOnce>(on_page + p * kGroups * kColumns + column, value[e]);
+                } else if (p < rows_of[e]) {
+                  store_narrowed<kAtOnce>(to + place[e] + p * g.Q, value[e]);
+                }
               }
             }
           }
+          if constexpr (!kWhole) {
+            __syncwarp();
+            const int k = first + t * kProductRows;
+            T* to = result + k * plane + place[0];
+#pragma unroll
+            for (int row = 0; row < kProductRows; ++row) {
+#pragma unroll
+              for (int p = 0; p < kLaneRows; ++p)
+                if (k + row < g.K && p < rows_of[0])
+                  to[p * g.Q] = page[row * kPagePitch + p * kGroups * kColumns + lane];
+              to += plane;
+            }
+          }
+        }
       }
-      if (kTerms == 2 && probe != 0)
-        for (int e = 0; e < 2; ++e) {
+      if (kTerms == 2 && __any_sync(0xffffffffu, probe != 0)) {
+        __syncwarp();
+        for (int e = 0; e < (kWhole ? 2 : 1); ++e) {
           const int row = place[e] / g.Q;
           mend(g, x, depthwise_w, depthwise_bias, w, biases, y, at.image, at.p + row, at.q + place[e] - row * g.Q,
-               min(rows_of[e], kLaneRows), kColumns, lane / 4, kProductRows / 2);
+               rows_of[e], kWhole ? kColumns : 1, kWhole ? lane / 4 : 0, kWhole ? kProductRows / 2 : 1);
         }
+      }
     }
     tile -= (groups + kGroups - 1) / kGroups;
     rows_before += at.rows_of_x();

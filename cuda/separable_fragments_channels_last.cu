@@ -6,7 +6,7 @@
 // neighbours, 16 bytes of them.
 #include "fragments.cuh"
 
-static_assert(kChannelsLast);
+static_assert(kChannelsLast && kBringers == 1);
 
 constexpr int kChannels = kPiece;      // that a lane makes at a time, of two blocks of the depth
 constexpr int kChunk = 4 * kChannels;  // and that its group does
@@ -72,7 +72,7 @@ __device__ __forceinline__ void bring_rows(const Parameters& g, const T* x, T* s
           ptx::copy_async_part(to + column * kPitch + channel, from, exists ? 16 : 0);
         }
       }
-      ring.announce(row);
+      ring.announce_copies(row);
     }
   }
 }

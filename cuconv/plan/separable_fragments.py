@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..geometry import PointwiseGeometry, SeparableGeometry
+from ..geometry import Conv2dGeometry, PointwiseGeometry, SeparableGeometry
 from .base import DTYPES, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
 from .separable import MAX_TAPS, SeparableEpilogue, middle_parameters
 
@@ -15,6 +15,10 @@ _GROUPS = 8
 # Channels of the result that are made at a time: as kRowsTogether, a term, and as kAbreast.
 _PRODUCT_ROWS = 16
 _ABREAST = 32
+# Warps that bring rows, and those that shift them into place; and how many rows they copy meanwhile, kAhead.
+_BRINGERS = 1
+_SHIFTERS = 4
+_AHEAD = 2
 _FLOAT_BYTES = 4
 _BARRIER_BYTES = 8
 
@@ -53,9 +57,8 @@ def require(g: SeparableGeometry, dtype: str, target: Target, aligned: bool) -> 
     if depthwise.R * depthwise.S > MAX_TAPS:
         raise Unsuitable(f"takes at most {MAX_TAPS} taps, and the kernel has {depthwise.R} x {depthwise.S}")
     piece = VECTOR_BYTES // DTYPES[dtype][1]
-    along, extents = ("pixels", (pointwise.C, pointwise.K)) if depthwise.channels_last else ("rows", (depthwise.W, depthwise.Q))
-    if not aligned or any(extent % piece for extent in extents):
-        raise Unsuitable(f"takes {along} of whole {VECTOR_BYTES} bytes, and these have {extents[0]} and {extents[1]}")
+    if not aligned or (depthwise.channels_last and (pointwise.C % piece or pointwise.K % piece)):
+        raise Unsuitable(f"takes pixels of whole {VECTOR_BYTES} bytes, from such a boundary on")
     if not depthwise.channels_last and (depthwise.padding[1][0] >= piece or depthwise.S - 1 > piece):
         raise Unsuitable(f"reaches {piece} columns beyond a row at most")
     if pointwise.N * pointwise.P * pointwise.Q >= 2**31:
@@ -65,7 +68,7 @@ def require(g: SeparableGeometry, dtype: str, target: Target, aligned: bool) -> 
 def tiles(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target: Target) -> Iterator[Tile]:
     """All tiles that fit, the preferred one first."""
     for lane_rows in (2, 1) if DTYPES[dtype][1] == 2 else (1, 2):
-        for warps in (11, 7, 15):
+        for warps in (11, 7, 15) if _whole(g.depthwise, DTYPES[dtype][1]) else (8, 12, 4):
             for words in (4, 3, 2, 1):
                 tile = _tile(g, dtype, epilogue, target, lane_rows, warps, 32 * words)
                 if tile is not None:
@@ -90,10 +93,13 @@ def _tile(
         taps = depth * (-(-(depthwise.R * depthwise.S + 1) // 4) * 4)
     fixed = channels * (depth + piece) * size + (taps + channels) * _FLOAT_BYTES
     slot = slot * size + 2 * _BARRIER_BYTES
+    whole = _whole(depthwise, size)
+    if not whole:
+        fixed += warps * _PRODUCT_ROWS * (lane_rows * _GROUPS * _COLUMNS + piece) * size
     slots = min(16, (target.shared_per_block - SHARED_RESERVE - fixed) // slot)
     groups = -(-strip // _COLUMNS)
     units = 1 + -(-(_GROUPS - 1) // groups)
-    if slots < units * lane_rows + depthwise.R - 1:
+    if slots < units * lane_rows + depthwise.R - 1 + (0 if whole else _AHEAD):
         return None
     # As many rows at a time as leave few multiprocessors without any.
     units_of_strip = -(-depthwise.P // lane_rows)
@@ -113,6 +119,8 @@ def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
     piece = VECTOR_BYTES // size
     strips, chunks = -(-depthwise.Q // t.strip), -(-depthwise.P // t.chunk)
     tasks = depthwise.N * chunks * strips
+    whole = _whole(depthwise, size)
+    bringers = _BRINGERS if whole else _SHIFTERS
     return Plan(
         source="separable_fragments_channels_last" if depthwise.channels_last else "separable_fragments",
         defines=(
@@ -129,13 +137,16 @@ def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
             ("WIDEST", t.widest),
             ("SLOTS", t.slots),
             ("WARPS", t.warps),
+            ("BRINGERS", bringers),
+            *(() if depthwise.channels_last else (("WHOLE", int(whole)),)),
             ("TERMS", _terms(dtype, epilogue)),
             ("ACTIVATION", epilogue.pointwise_activation or "none"),
         ),
         grid=(min(tasks, target.multiprocessors), 1, 1),
-        block=32 * (t.warps + 1),
+        block=32 * (t.warps + bringers),
         shared_bytes=t.shared_bytes,
         parameters=(
+            ("N", depthwise.N),
             ("K", pointwise.K),
             ("P", depthwise.P),
             ("Q", depthwise.Q),
@@ -151,6 +162,11 @@ def tile_plan(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
 
 def _terms(dtype: str, epilogue: SeparableEpilogue) -> int:
     return 2 if dtype == "float32" and not epilogue.allow_tf32 else 1
+
+
+def _whole(g: Conv2dGeometry, size: int) -> bool:
+    """Whether rows, or channels-last pixels, are whole pieces."""
+    return g.channels_last or not (g.W * size % VECTOR_BYTES or g.Q * size % VECTOR_BYTES)
 
 
 def _product_depth(size: int) -> int:
