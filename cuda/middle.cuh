@@ -30,6 +30,8 @@ struct Middle {
 struct Place {
   int image, p, q;
 
+  __device__ __forceinline__ Place(int image, int p, int q) : image(image), p(p), q(q) {}
+
   template <class Counted>
   __device__ __forceinline__ Place(const Counted& counted, int pixel) {
     image = divide_by(pixel, counted.counted_magic, counted.counted_shift);

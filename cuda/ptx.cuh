@@ -242,6 +242,11 @@ __device__ __forceinline__ void barrier_arrive(uint64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Arrives once all of the calling thread's copy_async so far have landed.
+__device__ __forceinline__ void copy_async_arrive(uint64* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Waits for the phase of this parity: 0 for the first, 1 for the second, 0 for the third and so on.
 __device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 parity) {
   asm volatile(

@@ -26,6 +26,10 @@ CASES = {
     "5x5": ((1, 72, 8, 24), (72, 1, 5, 5), 130, (1, 1), ((2, 2), (2, 2)), (1, 1)),
     "multiplier_3": ((2, 6, 8, 9), (18, 1, 3, 2), 10, (1, 1), ((1, 1), (0, 1)), (1, 1)),
     "1x1": ((5, 16, 3, 3), (16, 1, 1, 1), 16, (1, 1), ((0, 0), (0, 0)), (1, 1)),
+    # Several strips, the last one narrower, and tasks of an odd number of rows.
+    "wide": ((2, 16, 5, 296), (16, 1, 3, 3), 40, (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "wide_odd": ((2, 24, 6, 147), (24, 1, 3, 3), 40, (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "tall": ((3, 48, 35, 8), (48, 1, 3, 3), 16, (1, 1), ((0, 2), (1, 1)), (1, 1)),
     "asymmetric": ((1, 16, 6, 16), (16, 1, 2, 4), 16, (1, 1), ((1, 0), (3, 0)), (1, 1)),
 }
 
@@ -71,9 +75,24 @@ def assert_right(y, x, w, pointwise, bias, pointwise_bias, activations, numbers)
     assert np.count_nonzero(exact)
 
 
+def suits(variant, name, dtype, layout):
+    (_, C, _, _), (_, _, R, S), _, stride, _, dilation = CASES[name]
+    if variant == "apart":
+        return True
+    if dtype == "float64":
+        return False
+    if variant == "fused":
+        return True
+    piece = 4 if dtype == "float32" else 8
+    undilated = stride == dilation == (1, 1) and not name.startswith("multiplier")
+    K = CASES[name][2]
+    whole = C % piece == K % piece == 0 if layout == "nhwc" else S - 1 <= piece
+    return undilated and whole and C * R * S < 1000
+
+
 def all_cases():
-    for name, dtype, layout, variant in product(CASES, oracle.DTYPES, LAYOUTS, ("fused", "apart")):
-        if variant == "fused" and dtype == "float64":
+    for name, dtype, layout, variant in product(CASES, oracle.DTYPES, LAYOUTS, ("fragments", "fused", "apart")):
+        if not suits(variant, name, dtype, layout):
             continue
         yield pytest.param(name, dtype, layout, variant, id=f"{name}-{dtype}-{layout}-{variant}")
 

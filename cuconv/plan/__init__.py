@@ -25,6 +25,7 @@ from . import (
     pointwise_groups,
     runs,
     separable,
+    separable_fragments,
     tiles,
     toeplitz,
     wgrad,
@@ -101,7 +102,11 @@ _WGRAD = {
 
 _POINTWISE = {"groups": pointwise_groups.products, "products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
-_SEPARABLE: dict[str, Callable[..., Plan | None]] = {"fused": separable.fused, "apart": lambda *_: None}
+_SEPARABLE: dict[str, Callable[..., Plan | None]] = {
+    "fragments": separable_fragments.fragments,
+    "apart": lambda *_: None,
+    "fused": separable.fused,
+}
 _POINTWISE_WGRAD = {
     "groups": pointwise_groups.wgrad,
     "products": pointwise.wgrad_products,

@@ -352,7 +352,14 @@ inline void bulk_load(void* shared, const void* global, uint32 bytes, uint64* ba
   hostcuda::check_bulk("bulk_load", shared, global, bytes, line);
   hostcuda::find_barrier(barrier, line);
   memset(shared, 0xFF, bytes);
-  hostcuda::loads.push_back({shared, global, bytes, barrier});
+  hostcuda::loads.push_back({{{shared, global, bytes, 0}}, bytes, barrier, false});
+}
+
+// They land together, when nothing else can run.
+inline void copy_async_arrive(uint64* barrier, int line = __builtin_LINE()) {
+  hostcuda::find_barrier(barrier, line);
+  hostcuda::loads.push_back({std::move(self->copies), 0, barrier, true});
+  self->copies.clear();
 }
 
 // Of the fence this checks only that somebody called it since the last batch of stores, not that every writer did.

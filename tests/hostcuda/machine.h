@@ -30,9 +30,10 @@ constexpr size_t kStackBytes = 1 << 16;
 enum Order { kForward, kReverse, kRandom };
 enum State { kReady, kExited, kAtSync, kAtWarp, kAtBarrier };
 
-struct Load { void* to; const void* from; uint32 bytes; uint64* barrier; };
 struct Store { void* to; const void* from; std::vector<unsigned char> bytes; int group; };
 struct Copy { void* to; const void* from; uint32 bytes; int group; };
+// A bulk load, or all of a thread's copies up to an arrival, and that arrival.
+struct Load { std::vector<Copy> copies; uint32 bytes; uint64* barrier; bool arrives; };
 struct Kept { uint3 block; std::vector<unsigned char> shared; };
 struct Barrier { uint64* address; uint32 arrivals, pending; long long bytes; uint32 phase; };
 
@@ -236,9 +237,13 @@ inline bool land_load(Order order) {
   const size_t chosen = order == kRandom ? random_below(loads.size()) : order == kReverse ? loads.size() - 1 : 0;
   const Load load = loads[chosen];
   loads.erase(loads.begin() + chosen);
-  memcpy(load.to, load.from, load.bytes);
+  for (const Copy& copy : load.copies) memcpy(copy.to, copy.from, copy.bytes);
   Barrier& barrier = find_barrier(load.barrier, 0);
   barrier.bytes -= load.bytes;
+  if (load.arrives) {
+    if (!barrier.pending) fail("copies arrive once too often in one phase of a barrier");
+    barrier.pending--;
+  }
   complete_phase(barrier);
   return true;
 }
