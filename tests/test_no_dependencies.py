@@ -22,6 +22,7 @@ FLOORS = (
     {"geometry"},
     {"plan", "reference", "interop"},
     {"kernels"},
+    {"layouts"},
     {"depthwise", "pointwise"},
     {"__init__"},
 )

@@ -34,6 +34,7 @@ from . import (
     wgrad_pairs,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
+from .layouts import transposed
 from .pointwise import Epilogue
 from .wgrad import WgradPlan
 
@@ -55,6 +56,7 @@ __all__ = [
     "in_fastest_layout",
     "pointwise_conv",
     "pointwise_wgrad",
+    "transposed",
     "variant",
 ]
 
