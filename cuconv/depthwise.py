@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import interop, kernels, plan, reference
+from . import interop, kernels, layouts, plan, reference
 from .geometry import (
     Conv2dGeometry,
     check_dtypes,
@@ -108,7 +108,7 @@ def depthwise_conv2d(
             return depthwise_conv2d(x, w, bias, stride=stride, padding=padding, dilation=dilation, out=out)
     # 2. Allocate.
     if not call.dense:
-        x, w = interop.contiguous(x, geometry.channels_last), interop.contiguous(w)
+        x, w = layouts.contiguous(x, geometry.channels_last), interop.contiguous(w)
         bias = None if bias is None else interop.contiguous(bias)
     y = interop.output(out, call.shape, x.dtype, geometry.channels_last)
     if geometry.N:
@@ -120,7 +120,7 @@ def depthwise_conv2d(
             kernel = call.kernels[of] = _forward_kernel(geometry, call.dtype, call.device, *of)
         # 5. Launch.
         kernel(x_start, w.data.ptr, 0 if bias is None else bias.data.ptr, y_start)
-    return interop.delivered(y, out, call.channels_last != geometry.channels_last)
+    return layouts.delivered(y, out, call.channels_last != geometry.channels_last)
 
 
 @interop.remembered
@@ -220,7 +220,7 @@ def depthwise_conv2d_dgrad(
             return depthwise_conv2d_dgrad(dy, w, x_shape, stride=stride, padding=padding, dilation=dilation, out=out)
     # 2. Allocate.
     if not call.dense:
-        dy, w = interop.contiguous(dy, geometry.channels_last), interop.contiguous(w)
+        dy, w = layouts.contiguous(dy, geometry.channels_last), interop.contiguous(w)
     dx = interop.output(out, call.shape, dy.dtype, geometry.channels_last)
     if geometry.N:
         # 3. Plan, and 4. kernel: found again once they are known.
@@ -231,7 +231,7 @@ def depthwise_conv2d_dgrad(
             kernel = call.kernels[of] = _dgrad_kernel(geometry, call.dtype, call.device, *of)
         # 5. Launch.
         kernel(dy_start, w.data.ptr, 0, dx_start)
-    return interop.delivered(dx, out, call.channels_last != geometry.channels_last)
+    return layouts.delivered(dx, out, call.channels_last != geometry.channels_last)
 
 
 @interop.remembered
@@ -355,7 +355,7 @@ def depthwise_conv2d_wgrad(
             )
     # 2. Allocate.
     if not call.dense:
-        dy, x = (interop.contiguous(array, geometry.channels_last) for array in (dy, x))
+        dy, x = (layouts.contiguous(array, geometry.channels_last) for array in (dy, x))
     dw = interop.output(dw_out, call.shape, dy.dtype)
     dbias = interop.output(dbias_out, (geometry.K,), dy.dtype) if bias else None
     if geometry.N:
@@ -378,8 +378,8 @@ def depthwise_conv2d_wgrad(
         for gradient in (dw, dbias):
             if gradient is not None:
                 gradient.fill(0)
-    dw = interop.delivered(dw, dw_out)
-    return dw if dbias is None else (dw, interop.delivered(dbias, dbias_out))
+    dw = layouts.delivered(dw, dw_out)
+    return dw if dbias is None else (dw, layouts.delivered(dbias, dbias_out))
 
 
 @interop.remembered

@@ -162,15 +162,6 @@ def address(array: Any) -> int:
     return 0 if array is None else array.data.ptr
 
 
-def delivered(result: Any, out: Any, channels_last: bool = False) -> Any:
-    """The result in the layout of the caller's arrays, copied to `out` where the kernel could not write to it."""
-    if out is None:
-        return contiguous(result, channels_last) if channels_last else result
-    if result is not out:
-        out[...] = result
-    return out
-
-
 def _numpy(name: str, array: Any) -> ModuleType:
     # A masked array is one of NumPy's, and its mask would be lost in silence.
     masked = sys.modules.get("numpy.ma")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import interop, kernels, plan, reference
+from . import interop, kernels, layouts, plan, reference
 from .geometry import (
     PointwiseGeometry,
     check_activation,
@@ -98,7 +98,7 @@ def pointwise_conv2d(
     with interop.on_device(call.device):
         # 2. Allocate.
         if not call.dense:
-            x, w = interop.contiguous(x, geometry.channels_last), interop.contiguous(w)
+            x, w = layouts.contiguous(x, geometry.channels_last), interop.contiguous(w)
             bias = None if bias is None else interop.contiguous(bias)
         y = interop.output(out, geometry.y_shape, x.dtype, geometry.channels_last)
         if geometry.N:
@@ -107,7 +107,7 @@ def pointwise_conv2d(
             kernel = _kernel(geometry, call.dtype, False, epilogue, call.device, plan.forced_variant(), aligned)
             # 5. Launch.
             kernel(x.data.ptr, w.data.ptr, interop.address(bias), y.data.ptr)
-        return interop.delivered(y, out)
+        return layouts.delivered(y, out)
 
 
 @interop.remembered
@@ -181,7 +181,7 @@ def pointwise_conv2d_dgrad(
     with interop.on_device(call.device):
         # 2. Allocate.
         if not call.dense:
-            dy, w = interop.contiguous(dy, geometry.channels_last), interop.contiguous(w)
+            dy, w = layouts.contiguous(dy, geometry.channels_last), interop.contiguous(w)
         dx = interop.output(out, geometry.x_shape, dy.dtype, geometry.channels_last)
         if geometry.N:
             if geometry.stride != (1, 1):
@@ -192,7 +192,7 @@ def pointwise_conv2d_dgrad(
             kernel = _kernel(geometry, call.dtype, True, epilogue, call.device, plan.forced_variant(), aligned)
             # 5. Launch.
             kernel(dy.data.ptr, w.data.ptr, 0, dx.data.ptr)
-        return interop.delivered(dx, out)
+        return layouts.delivered(dx, out)
 
 
 @interop.remembered
@@ -307,7 +307,7 @@ def pointwise_conv2d_wgrad(
     with interop.on_device(call.device):
         # 2. Allocate.
         if not call.dense:
-            dy, x = (interop.contiguous(array, geometry.channels_last) for array in (dy, x))
+            dy, x = (layouts.contiguous(array, geometry.channels_last) for array in (dy, x))
         dw = interop.output(dw_out, w_shape, dy.dtype)
         dbias = interop.output(dbias_out, (geometry.K,), dy.dtype) if bias else None
         if geometry.N:
@@ -326,8 +326,8 @@ def pointwise_conv2d_wgrad(
             for gradient in (dw, dbias):
                 if gradient is not None:
                     gradient.fill(0)
-        dw = interop.delivered(dw, dw_out)
-        return dw if dbias is None else (dw, interop.delivered(dbias, dbias_out))
+        dw = layouts.delivered(dw, dw_out)
+        return dw if dbias is None else (dw, layouts.delivered(dbias, dbias_out))
 
 
 @interop.remembered

@@ -10,7 +10,7 @@ import hostcuda
 import numpy as np
 import pytest
 
-from cuconv import depthwise, kernels, pointwise, separable
+from cuconv import depthwise, kernels, layouts, pointwise, separable
 
 GUARD = 4096  # elements around an output, more than any tile is wide
 
@@ -20,6 +20,7 @@ def forget_kernels() -> None:
     for memoised in (kernels.target, kernels.load, kernels._kernel):
         memoised.cache_clear()
     for memoised in (
+        layouts._kernel,
         depthwise._forward_kernel,
         depthwise._dgrad_kernel,
         depthwise._wgrad_kernels,

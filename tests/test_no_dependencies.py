@@ -22,6 +22,7 @@ FLOORS = (
     {"geometry"},
     {"plan", "reference", "interop"},
     {"kernels"},
+    {"layouts"},
     {"batchnorm", "depthwise", "pointwise", "separable"},
     {"__init__"},
 )

@@ -37,6 +37,7 @@ from . import (
     wgrad_pairs,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
+from .layouts import transposed
 from .pointwise import Epilogue
 from .separable import SeparableEpilogue, activate
 from .wgrad import WgradPlan
@@ -62,6 +63,7 @@ __all__ = [
     "pointwise_conv",
     "pointwise_wgrad",
     "separable_conv",
+    "transposed",
     "variant",
 ]
 

@@ -77,9 +77,10 @@ def direct(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
     return WgradPlan(sums, None, 0)
 
 
-# Columns of dy at a time, and taps of a thread at most: kStep of cuda/depthwise_wgrad_tiles.cu.
+# Columns of dy at a time, and taps of a kernel row that a thread has at most: kStep of cuda/depthwise_wgrad_tiles.cu.
 _STEP = 8
-# Threads of a block, each with a chunk of taps; more kernel rows than they take are other blocks'.
+# Kernel rows of a thread. An odd number: lanes of neighbouring threads then read rows of x in different banks.
+_TILES_ROWS = {"float16": 3, "bfloat16": 3, "float32": 3, "float64": 1}
 _TILES_THREADS = 256
 # Shared memory of a block: with a quarter of a multiprocessor's, four blocks hide each other's loads.
 _TILES_BYTES = 56 * 1024
@@ -92,9 +93,11 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
         raise Unsuitable(f"takes more than {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
     if g.stride != (1, 1) or g.dilation != (1, 1):
         raise Unsuitable(f"takes stride 1 and dilation 1, and has {g.stride} and {g.dilation}")
+    rows_of_thread = _TILES_ROWS[dtype]
     chunk = min(g.S, _STEP)
     chunks = -(-g.S // chunk)
-    tap_rows = min(g.R, _TILES_THREADS // chunks)
+    groups = min(-(-g.R // rows_of_thread), _TILES_THREADS // chunks)
+    tap_rows = groups * rows_of_thread
     columns = -(-g.Q // _STEP) * _STEP
     # In shared memory a row of x starts 4 values behind a multiple of 8, so that lanes of different rows, or of
     # different chunks of one, meet different banks.
@@ -104,7 +107,10 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
     unit_rows = min(g.P, (values - (tap_rows - 1) * x_pitch) // (x_pitch + dy_pitch)) if tap_rows else 0
     if unit_rows < 1 or max(g.H, g.W) > MAX_DIVIDEND or g.K > MAX_GRID[1]:
         raise Unsuitable(f"{g.R} x {g.S} taps and rows of {g.W} elements do not fit shared memory and one launch")
-    threads = -(-tap_rows * chunks // 32) * 32
+    tap_threads = groups * chunks
+    thread_rows = -(-unit_rows // max(1, _TILES_THREADS // tap_threads))
+    parts = -(-unit_rows // thread_rows)
+    threads = -(-parts * tap_threads // 32) * 32
     tap_groups = -(-g.R // tap_rows)
     row_units = -(-g.P // unit_rows)
     units = g.N * row_units
@@ -118,14 +124,17 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
             ("T", DTYPES[dtype][0]),
             ("BIAS", int(bias)),
             ("FINAL", int(slabs == 1)),
+            ("ROWS", rows_of_thread),
             ("CHUNK", chunk),
             ("THREADS", threads),
         ),
         grid=(slabs, g.K, tap_groups),
         block=threads,
-        shared_bytes=max(
-            ((unit_rows + tap_rows - 1) * x_pitch + unit_rows * dy_pitch) * sum_bytes(dtype),
-            threads * sum_bytes(dtype),
+        shared_bytes=sum_bytes(dtype)
+        * max(
+            (unit_rows + tap_rows - 1) * x_pitch + unit_rows * dy_pitch,
+            (parts - 1) * rows_of_thread * chunk * tap_threads,
+            threads,
         ),
         parameters=(
             ("multiplier", g.multiplier),
@@ -134,9 +143,12 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
             ("S", g.S),
             *plane_parameters(g),
             ("chunks", chunks),
+            ("tap_threads", tap_threads),
             ("chunks_magic", magic(chunks)),
+            ("tap_threads_magic", magic(tap_threads)),
             ("tap_rows", tap_rows),
             ("unit_rows", unit_rows),
+            ("thread_rows", thread_rows),
             ("row_units", row_units),
             ("units", units),
             ("block_units", block_units),
