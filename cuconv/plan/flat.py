@@ -1,0 +1,177 @@
+"""Planes as they lie in memory, for compute capability 9.0 and newer: see cuda/flat.cuh and cuda/depthwise_flat.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from ..geometry import Conv2dGeometry
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, Plan, Target, Unsuitable, require_nchw
+from .runs import MAX_TAPS, dgrad_as_forward
+
+_SIZE = 2
+# Elements of 16 bytes, and those of a product's units: kChunk and kUnits of them.
+CHUNK, PRODUCT = 8, 128
+# kMargin of cuda/flat.cuh.
+MARGIN = 32
+# A window is three chunks at most.
+_MOST_COLUMNS = CHUNK + 2
+# Results are stored by words, so that units start at even elements.
+_SHIFTS = range(0, CHUNK, 2)
+_THREADS = (32, 64, 128, 256)
+_STAGES = (1, 2, 3)
+_IMAGES = (1, 2, 4, 8)
+_TOGETHER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one block makes: some rows of one channel, of so many images in turn."""
+
+    block_rows: int
+    block_images: int
+    threads: int
+    stages: int
+    outputs: int
+    together: int
+    input_bytes: int  # of one image
+    output_bytes: int
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * self.input_bytes + self.outputs * self.output_bytes
+
+
+def require_flat(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> None:
+    """Refuse what does not have every input and output at the same place of its plane."""
+    require_nchw(g)
+    if DTYPES[dtype][1] != _SIZE:
+        raise Unsuitable(f"takes float16 and bfloat16, and the dtype is {dtype}")
+    if target.architecture < 90:
+        raise Unsuitable(f"needs compute capability 9.0, and the device has {target.architecture / 10}")
+    if g.multiplier > 1 or g.stride != (1, 1) or g.dilation != (1, 1) or (g.P, g.Q) != (g.H, g.W):
+        raise Unsuitable(
+            "takes one output channel an input channel, stride 1, dilation 1 and a y of x's extents; has "
+            f"{g.multiplier}, {g.stride}, {g.dilation} and {g.P} x {g.Q} of {g.H} x {g.W}"
+        )
+    if g.R * g.S > MAX_TAPS or g.S > min(g.W, _MOST_COLUMNS):
+        raise Unsuitable(
+            f"takes {MAX_TAPS} taps, of {_MOST_COLUMNS} columns and no more than a row has, and the kernel has "
+            f"{g.R} x {g.S} of rows of {g.W}"
+        )
+    if not aligned:
+        raise Unsuitable("takes arrays that start at multiples of 16 bytes")
+    if g.K > MAX_GRID[1]:
+        raise Unsuitable(f"{g.K} channels are more than one launch can count")
+
+
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    return _plan(g, dtype, target, aligned, turned=False)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    """The plan of dx as a convolution of dy."""
+    require_flat(g, dtype, target, aligned)
+    return _plan(dgrad_as_forward(g)[0], dtype, target, aligned, turned=True)
+
+
+def _plan(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool) -> Plan:
+    require_flat(g, dtype, target, aligned)
+    choices = list(tiles(g, target))
+    if not choices:
+        raise Unsuitable(f"{g.R} rows of {g.W} elements do not fit shared memory")
+    return tile_plan(g, dtype, min(choices, key=lambda tile: _cost(g, target, tile)), turned)
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -> Plan:
+    shift, wide = windows(g)
+    grid = (-(-g.H // tile.block_rows), g.K, -(-g.N // tile.block_images))
+    if any(extent > limit for extent, limit in zip(grid, MAX_GRID, strict=True)):
+        raise Unsuitable(f"{grid} blocks are more than one launch can count")
+    return Plan(
+        source="depthwise_flat",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("LEFT", g.padding[1][0]),
+            ("TURNED", int(turned)),
+            ("WIDE", wide),
+            ("THREADS", tile.threads),
+            ("STAGES", tile.stages),
+            ("OUTPUTS", tile.outputs),
+            ("TOGETHER", tile.together),
+        ),
+        grid=grid,
+        block=tile.threads,
+        shared_bytes=tile.shared_bytes,
+        parameters=(
+            ("K", g.K),
+            ("H", g.H),
+            ("W", g.W),
+            ("top", g.padding[0][0]),
+            ("shift", shift),
+            ("images", g.N),
+            ("block_rows", tile.block_rows),
+            ("block_images", tile.block_images),
+            ("input_bytes", tile.input_bytes),
+            ("output_bytes", tile.output_bytes),
+            ("total_x", g.x_size),
+        ),
+    )
+
+
+def windows(g: Conv2dGeometry) -> tuple[int, int]:
+    """Where units start in a chunk, and the kernel rows, as bits, whose windows then reach into a third chunk: as few
+    as can be."""
+
+    def wide(shift: int) -> int:
+        places = [(shift - g.padding[1][0] + (r - g.padding[0][0]) * g.W) % CHUNK for r in range(g.R)]
+        return sum(1 << r for r, place in enumerate(places) if place + CHUNK - 1 + g.S > 2 * CHUNK)
+
+    return min(((shift, wide(shift)) for shift in _SHIFTS), key=lambda choice: choice[1].bit_count())
+
+
+def _whole(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def input_bytes(g: Conv2dGeometry, rows: int) -> int:
+    """Of so many rows of the output: a margin, their inputs from any place of a chunk on, what the windows of the last
+    product reach beyond."""
+    return _whole((MARGIN + (g.R - 1) * g.W + _whole(rows * g.W + CHUNK - 1, PRODUCT) + 5 * CHUNK) * _SIZE, 128)
+
+
+def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
+    """Those that fit the device's shared memory."""
+    budget = target.shared_per_block - SHARED_RESERVE
+    parts = sorted({-(-g.H // n) for n in range(1, g.H + 1)})
+    for rows, threads, stages, images in product(parts, _THREADS, _STAGES, _IMAGES):
+        if stages > images or images > max(1, g.N):
+            continue
+        if rows * g.W > 2**24:
+            continue
+        tile = Tile(
+            block_rows=rows,
+            block_images=images,
+            threads=threads,
+            stages=stages,
+            outputs=min(2, stages),
+            together=_TOGETHER,
+            input_bytes=input_bytes(g, rows),
+            output_bytes=_whole((2 * CHUNK + _whole(rows * g.W + CHUNK - 1, PRODUCT)) * _SIZE, 128),
+        )
+        if tile.shared_bytes <= budget:
+            yield tile
+
+
+def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
+    """What ranks tiles."""
+    resident = min(
+        32, 2048 // tile.threads, target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE)
+    )
+    outputs = tile.block_rows * g.W
+    halo = (tile.block_rows + g.R - 1) / tile.block_rows
+    fixed = 4000 / outputs
+    return (1 + halo) * (1 + 0.5 / resident) + fixed * tile.threads / 256
