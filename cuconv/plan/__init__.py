@@ -32,6 +32,7 @@ from . import (
     wgrad_channels_last_runs,
     wgrad_channels_last_staged,
     wgrad_diagonals,
+    wgrad_flat,
     wgrad_pairs,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
@@ -88,6 +89,7 @@ _WGRAD = {
     "runs": wgrad.runs,
     "diagonals": wgrad_diagonals.diagonals,
     "pairs": wgrad_pairs.pairs,
+    "flat": wgrad_flat.flat,
     "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,
     "channels_last_runs": wgrad_channels_last_runs.channels_last_runs,
     "channels_last": wgrad_channels_last.channels_last,

@@ -126,21 +126,23 @@ def windows(g: Conv2dGeometry) -> tuple[int, int]:
     """Where units start in a chunk, and the kernel rows, as bits, whose windows then reach into a third chunk: as few
     as can be."""
 
-    def wide(shift: int) -> int:
-        places = [(shift - g.padding[1][0] + (r - g.padding[0][0]) * g.W) % CHUNK for r in range(g.R)]
-        return sum(1 << r for r, place in enumerate(places) if place + CHUNK - 1 + g.S > 2 * CHUNK)
-
-    return min(((shift, wide(shift)) for shift in _SHIFTS), key=lambda choice: choice[1].bit_count())
+    return min(((shift, wide_windows(g, shift)) for shift in _SHIFTS), key=lambda choice: choice[1].bit_count())
 
 
-def _whole(number: int, unit: int) -> int:
+def wide_windows(g: Conv2dGeometry, shift: int) -> int:
+    """The kernel rows, as bits, whose windows reach into a third chunk where units start so far behind a chunk."""
+    places = [(shift - g.padding[1][0] + (r - g.padding[0][0]) * g.W) % CHUNK for r in range(g.R)]
+    return sum(1 << r for r, place in enumerate(places) if place + CHUNK - 1 + g.S > 2 * CHUNK)
+
+
+def whole(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
 def input_bytes(g: Conv2dGeometry, rows: int) -> int:
     """Of so many rows of the output: a margin, their inputs from any place of a chunk on, what the windows of the last
     product reach beyond."""
-    return _whole((MARGIN + (g.R - 1) * g.W + _whole(rows * g.W + CHUNK - 1, PRODUCT) + 5 * CHUNK) * _SIZE, 128)
+    return whole((MARGIN + (g.R - 1) * g.W + whole(rows * g.W + CHUNK - 1, PRODUCT) + 5 * CHUNK) * _SIZE, 128)
 
 
 def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
@@ -160,7 +162,7 @@ def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
             outputs=min(2, stages),
             together=_TOGETHER,
             input_bytes=input_bytes(g, rows),
-            output_bytes=_whole((2 * CHUNK + _whole(rows * g.W + CHUNK - 1, PRODUCT)) * _SIZE, 128),
+            output_bytes=whole((2 * CHUNK + whole(rows * g.W + CHUNK - 1, PRODUCT)) * _SIZE, 128),
         )
         if tile.shared_bytes <= budget:
             yield tile
