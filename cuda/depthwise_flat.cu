@@ -32,6 +32,8 @@ constexpr int kOutputs = CUCONV_OUTPUTS;
 constexpr int kTogether = CUCONV_TOGETHER;
 
 constexpr int kWarps = kThreads / kWarp;
+// Outputs of a product.
+constexpr int kTile = kUnits * kChunk;
 constexpr int kRight = kS - 1 - kLeft;
 // A row's first outputs, and its last, need so many of its columns.
 constexpr int kEdge = kS - 1;
@@ -196,47 +198,52 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
     // The first unit starts so many elements before the first output.
     const int before = beyond_chunks(y_place - g.shift);
-    const int tiles = (count + before + kUnits * kChunk - 1) / (kUnits * kChunk);
+    const int tiles = (count + before + kTile - 1) / kTile;
     // Its first output would be here if it were a window's; windows start at the chunk before, each in its own place.
     const T* const unit = top_start + g.top * g.W - before - g.shift + (lane % kUnits + lane / kUnits) * kChunk;
     const T* window[kR];
 #pragma unroll
     for (int r = 0; r < kR; ++r) window[r] = unit + whole_chunks(g.shift + (r - g.top) * g.W - kLeft);
     T* const unit_result = output - before + lane / 4 * kChunk + lane % 4 * 2;
-    float seen = 0;
+    float seen[kTogether] = {};
 #pragma unroll 1
     for (int tile = warp * kTogether; tile < tiles; tile += kWarps * kTogether) {
+      // Where fewer are left, some of those before them once more.
+      const int first = max(0, min(tile, tiles - kTogether)) * kTile;
       float sum[kTogether][4];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        // Behind the last tile the last one, again.
-        const int place = min(tile + i, tiles - 1) * (kUnits * kChunk);
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[i][e] = start;
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
+          const T* const source = window[r] + first + i * kTile;
           uint32 a[4];
-          ptx::load_matrices(window[r] + place, a);
+          ptx::load_matrices(source, a);
           multiply(T{}, sum[i], a, band[r].word);
           if (kWide >> r & 1) {
             uint32 third[2];
-            ptx::load_matrices(window[r] + place + 2 * kChunk, third);
+            ptx::load_matrices(source + 2 * kChunk, third);
             multiply(T{}, sum[i], third, band[r].third);
           }
         }
       }
+      T* const result = unit_result + first;
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        T* const result = unit_result + min(tile + i, tiles - 1) * (kUnits * kChunk);
+      for (int i = 0; i < kTogether; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32*>(result + half * 8 * kChunk) =
+          *reinterpret_cast<uint32*>(result + i * kTile + half * (kTile / 2)) =
               narrow_pair(T{}, sum[i][2 * half], sum[i][2 * half + 1]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) seen = fma(sum[i][e], 0.0f, seen);
-      }
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) seen[i] = fma(sum[i][e], 0.0f, seen[i]);
     }
-    if (__syncthreads_or(seen != seen)) {
+    float sum_seen = 0;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) sum_seen += seen[i];
+    if (__syncthreads_or(sum_seen != sum_seen)) {
       const T* const channel = w + static_cast<int64>(k) * (kR * kS);
 #pragma unroll 1
       for (int i = thread; i < count; i += kThreads) {

@@ -139,10 +139,10 @@ def whole(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def input_bytes(g: Conv2dGeometry, rows: int) -> int:
-    """Of so many rows of the output: a margin, their inputs from any place of a chunk on, what the windows of the last
-    product reach beyond."""
-    return whole((MARGIN + (g.R - 1) * g.W + whole(rows * g.W + CHUNK - 1, PRODUCT) + 5 * CHUNK) * _SIZE, 128)
+def input_bytes(g: Conv2dGeometry, outputs: int) -> int:
+    """Of so many outputs, those of whole products: a margin, their inputs from any place of a chunk on, and what windows
+    reach beyond."""
+    return whole((MARGIN + (g.R - 1) * g.W + outputs + 5 * CHUNK) * _SIZE, 128)
 
 
 def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
@@ -154,6 +154,7 @@ def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
             continue
         if rows * g.W > 2**24:
             continue
+        outputs = max(_TOGETHER * PRODUCT, whole(rows * g.W + CHUNK - 1, PRODUCT))
         tile = Tile(
             block_rows=rows,
             block_images=images,
@@ -161,8 +162,8 @@ def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
             stages=stages,
             outputs=min(2, stages),
             together=_TOGETHER,
-            input_bytes=input_bytes(g, rows),
-            output_bytes=whole((2 * CHUNK + whole(rows * g.W + CHUNK - 1, PRODUCT)) * _SIZE, 128),
+            input_bytes=input_bytes(g, outputs),
+            output_bytes=whole((2 * CHUNK + outputs) * _SIZE, 128),
         )
         if tile.shared_bytes <= budget:
             yield tile
