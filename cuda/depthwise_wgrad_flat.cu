@@ -214,24 +214,34 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads)
 
     const int before = place_in_chunk(dy_run(work));
     const int chunks = (count + before + kChunk - 1) / kChunk;
-    const T* const dy_unit = dy_start - before + lane * kChunk;
-    const T* const x_unit = top_start + g.top * g.W - before;
-#pragma unroll 1
-    for (int chunk = warp * kWarp; chunk < chunks; chunk += kThreads) {
-      // Two products' units.
-      uint32 gradient[4];
-      ptx::load_matrices_transposed(chunk + lane < chunks ? dy_unit + chunk * kChunk : zeros, gradient);
+    // Two products' units at once.
+    int chunk = warp * kWarp + lane;
+    const T* dy_unit = dy_start - before + chunk * kChunk;
+    const T* source[kProducts];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32 b[2] = {gradient[2 * half], gradient[2 * half + 1]};
+    for (int i = 0; i < kProducts; ++i)
+      source[i] = top_start + g.top * g.W - before + window[i] + warp * (kWarp * kChunk);
+#pragma unroll 1
+    for (; chunk - lane < chunks; chunk += kThreads) {
+      uint32 gradient[4];
+      ptx::load_matrices_transposed(chunk < chunks ? dy_unit : zeros, gradient);
+      dy_unit += kThreads * kChunk;
+      uint32 a[2][kProducts][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i)
+          ptx::load_matrices_transposed(source[i] + half * (kUnits * kChunk), a[half][i]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int i = 0; i < kProducts; ++i) {
-          uint32 a[4];
-          ptx::load_matrices_transposed(x_unit + window[i] + (chunk + half * kUnits) * kChunk, a);
-          if (kBias && 2 * i + 1 >= kChunks) a[1] = a[3] = two_ones(T{});
-          multiply(T{}, sum[i], a, b);
+          const uint32 b[2] = {gradient[2 * half], gradient[2 * half + 1]};
+          if (kBias && 2 * i + 1 >= kChunks) a[half][i][1] = a[half][i][3] = two_ones(T{});
+          multiply(T{}, sum[i], a[half][i], b);
         }
-      }
+#pragma unroll
+      for (int i = 0; i < kProducts; ++i) source[i] += kThreads * kChunk;
     }
     ptx::fence_shared_for_bulk();
     __syncthreads();

@@ -54,7 +54,9 @@ __device__ __forceinline__ void surround_by_zeros(T* start, const Rows& rows, in
   const int before = (rows.low - rows.top_row) * W + 2 * kChunk;
   const int behind = (rows.end - rows.high) * W + 2 * kChunk;
   T* const end = start + (rows.high - rows.low) * W;
+#pragma unroll 1
   for (int i = thread; i < before; i += kThreads) start[-1 - i] = T{};
+#pragma unroll 1
   for (int i = thread; i < behind; i += kThreads) end[i] = T{};
 }
 
@@ -64,6 +66,7 @@ __device__ __forceinline__ void clear_around(T* begin, int bytes, const T* first
   using Words = Vector<uint32, 4>;
   const int from = static_cast<int>(first - begin) / kChunk;
   const int to = (static_cast<int>(last - begin) + kChunk - 1) / kChunk;
+#pragma unroll 1
   for (int i = thread; i < bytes / kBulkAlignment - (to - from); i += kThreads)
     reinterpret_cast<Words*>(begin)[i < from ? i : i + to - from] = Words{};
 }
