@@ -39,7 +39,7 @@ constexpr int kRight = kS - 1 - kLeft;
 constexpr int kEdge = kS - 1;
 
 static_assert(sizeof(T) == 2, "tensor cores take 16-bit elements");
-static_assert(kS <= kChunk + 2, "a window has three chunks at most");
+static_assert(kR <= 8 && kS <= kChunk + 2, "WIDE has eight bits, and a window three chunks at most");
 static_assert(0 <= kLeft && kLeft <= kEdge, "an output row is as long as a row of x");
 
 struct Parameters {

@@ -1,9 +1,9 @@
 // Depthwise convolution, gradients of the weights and the bias, NCHW, 16-bit, on tensor cores, of planes as they lie in
 // memory (sm_90 and newer). See flat.cuh.
 //
-// A unit is a chunk of dy. A product multiplies 16 units (k) by two chunks of the windows of x (m) that they meet: of
-// every pair of places in a chunk, one of dy and one of x, it makes a sum over units. dw[r][s] is the sum of those pairs
-// that lie a tap apart, and are added in the end; no other pair is looked at.
+// A unit is a chunk of dy. A product multiplies 16 pairs (k) of neighbouring units (m) by a chunk of x that lies as far
+// from each of them (n): of every two places, one in dy's pair and one in the chunk, it makes a sum over pairs. dw[r][s]
+// is the sum of those that lie a tap apart, and are added in the end; no others are looked at.
 //
 // A row's first and last elements of dy, where a tap falls beyond x, are multiplied one by one, and then zeros for the
 // products.
@@ -39,24 +39,23 @@ constexpr int kRight = kS - 1 - kLeft;
 // A row's first elements of dy, and its last, meet so many columns of x.
 constexpr int kEdge = kS - 1;
 
-// Chunks of the windows of the kernel rows before this one.
-__device__ constexpr int chunks_before(int r) {
-  int chunks = 0;
-  for (int i = 0; i < r; ++i) chunks += 2 + (kWide >> i & 1);
-  return chunks;
+// How many of the kernel rows before this one are wide. No loop: the compiler would not see through it in time.
+__device__ constexpr int wide_before(int r) {
+  const int rows = kWide & ((1 << r) - 1);
+  const int pairs = rows - (rows >> 1 & 0x55);
+  const int quads = (pairs & 0x33) + (pairs >> 2 & 0x33);
+  return (quads + (quads >> 4)) & 0x0f;
 }
-constexpr int kChunks = chunks_before(kR);
-__device__ constexpr int row_of_chunk(int chunk) {
-  int r = 0;
-  while (r + 1 < kR && chunks_before(r + 1) <= chunk) ++r;
-  return r;
-}
-// Two chunks a product; dbias is that of ones, in the place of one more chunk.
-constexpr int kProducts = (kChunks + kBias + 1) / 2;
+// A product for each chunk of x that a kernel row meets in a pair of units: one more than a window has. For dbias there
+// is one with ones.
+__device__ constexpr int products_before(int r) { return 3 * r + wide_before(r); }
+constexpr int kProducts = products_before(kR) + kBias;
 constexpr int kLaneSums = 4 * kProducts;
+// 128 registers a thread, 168 where there are many sums. Left to itself the compiler aims at more blocks and spills.
+constexpr int kBlocks = (kLaneSums + kTaps > 60 ? 384 : 512) / kThreads;
 
 static_assert(sizeof(T) == 2, "tensor cores take 16-bit elements");
-static_assert(kS <= kChunk + 2, "a window has three chunks at most");
+static_assert(kR <= 8 && kS <= kChunk + 2, "WIDE has eight bits, and a window three chunks at most");
 static_assert(0 <= kLeft && kLeft <= kEdge, "a row of dy is as long as one of x");
 
 struct Parameters {
@@ -105,7 +104,7 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
   return value;
 }
 
-extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads)
+extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_flat(const T* dy, const T* x, float* partials, T* dw, T* dbias,
                          const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
@@ -168,19 +167,10 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads)
   }
   if (thread < kChunk) zeros[thread] = T{};
 
-  // Of the 8x8 matrices of a fragment a lane gives a row: of x, lanes 8 to 15 and 24 to 31 that of the second chunk,
-  // and 16 to 31 those of the last eight units.
-  const bool second = lane / 8 % 2 != 0;
-  const int lane_unit = lane % 8 + lane / 16 * 8;
-  int window[kProducts];
-#pragma unroll
-  for (int i = 0; i < kProducts; ++i) {
-    const auto offset = [&](int chunk) {
-      const int r = row_of_chunk(chunk);
-      return whole_chunks((r - g.top) * g.W - kLeft) + (chunk - chunks_before(r)) * kChunk;
-    };
-    window[i] = (second ? offset(min(2 * i + 1, kChunks - 1)) : offset(min(2 * i, kChunks - 1))) + lane_unit * kChunk;
-  }
+  // Of the 8x8 matrices of a fragment a lane gives a row: of dy, lanes 8 to 15 and 24 to 31 that of a pair's second unit
+  // and 16 to 31 those of the last eight pairs; of x, lanes 16 to 31 those of the next chunk.
+  const int second = lane / 8 % 2;
+  const int dy_lane = lane % 8 + lane / 16 * 8;
 
   float sum[kProducts][4] = {};
   float edge_sum[kR][kS] = {};
@@ -212,36 +202,53 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads)
       __syncthreads();
     }
 
+    // 16 lanes of a warp's products go through an odd number of neighbouring units each, two at a time, so that what they
+    // load at once is in different banks, and what two units share is loaded once.
     const int before = place_in_chunk(dy_run(work));
     const int chunks = (count + before + kChunk - 1) / kChunk;
-    // Two products' units at once.
-    int chunk = warp * kWarp + lane;
-    const T* dy_unit = dy_start - before + chunk * kChunk;
-    const T* source[kProducts];
+    const int length = (chunks + kWarps * kUnits - 1) / (kWarps * kUnits) | 1;
+    const int dy_first = (warp * kUnits + dy_lane) * length;
+    // Where there is no second unit, or there are none, dy is zeros.
+    const int end = min(length, chunks - dy_first) - second;
+    const T* dy_unit = dy_start - before + (dy_first + second) * kChunk;
+    const T* source[kR];
+    uint32 last[kR][4];
 #pragma unroll
-    for (int i = 0; i < kProducts; ++i)
-      source[i] = top_start + g.top * g.W - before + window[i] + warp * (kWarp * kChunk);
-#pragma unroll 1
-    for (; chunk - lane < chunks; chunk += kThreads) {
+    for (int r = 0; r < kR; ++r) {
+      source[r] = top_start + g.top * g.W - before + whole_chunks((r - g.top) * g.W - kLeft) +
+                  ((warp * kUnits + lane % kUnits) * length + lane / kUnits + (kWide >> r & 1) - 1) * kChunk;
+      ptx::load_matrices_transposed(source[r], last[r]);
+    }
+#pragma unroll 2
+    for (int i = 0; i < length; i += 2) {
       uint32 gradient[4];
-      ptx::load_matrices_transposed(chunk < chunks ? dy_unit : zeros, gradient);
-      dy_unit += kThreads * kChunk;
-      uint32 a[2][kProducts][4];
+      ptx::load_matrices_transposed(i < end ? dy_unit : zeros, gradient);
+      dy_unit += 2 * kChunk;
+      uint32 next[kR][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int r = 0; r < kR; ++r) {
+        source[r] += 2 * kChunk;
+        ptx::load_matrices_transposed(source[r], next[r]);
+      }
 #pragma unroll
-        for (int i = 0; i < kProducts; ++i)
-          ptx::load_matrices_transposed(source[i] + half * (kUnits * kChunk), a[half][i]);
+      for (int r = 0; r < kR; ++r) {
+        constexpr int kPieces = 4;
+        // Chunks that the first unit's window begins with, and those that both have, or the second.
+        const int kept = 1 + (kWide >> r & 1);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < kProducts; ++i) {
-          const uint32 b[2] = {gradient[2 * half], gradient[2 * half + 1]};
-          if (kBias && 2 * i + 1 >= kChunks) a[half][i][1] = a[half][i][3] = two_ones(T{});
-          multiply(T{}, sum[i], a[half][i], b);
+        for (int d = 0; d < kept + 2; ++d) {
+          const int piece = d < kept ? kPieces - 2 * (kept - d) : 2 * (d - kept);
+          const uint32 b[2] = {d < kept ? last[r][piece] : next[r][piece],
+                               d < kept ? last[r][piece + 1] : next[r][piece + 1]};
+          multiply(T{}, sum[products_before(r) + d], gradient, b);
         }
 #pragma unroll
-      for (int i = 0; i < kProducts; ++i) source[i] += kThreads * kChunk;
+        for (int e = 0; e < kPieces; ++e) last[r][e] = next[r][e];
+      }
+      if (kBias) {
+        const uint32 ones[2] = {two_ones(T{}), two_ones(T{})};
+        multiply(T{}, sum[kProducts - 1], gradient, ones);
+      }
     }
     ptx::fence_shared_for_bulk();
     __syncthreads();
@@ -279,8 +286,8 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads)
   for (int tap = thread; tap < kEntries; tap += kThreads) {
     const bool of_bias = tap == kTaps;
     const int r = tap / kS;
-    const int place = of_bias ? 0 : beyond_chunks((r - g.top) * g.W - kLeft) + tap - r * kS;
-    const int first = of_bias ? 2 * kProducts - 1 : 2 * r + __popc(kWide & ((1 << r) - 1));
+    const int place = beyond_chunks((r - g.top) * g.W - kLeft) + tap - r * kS;
+    const int first = of_bias ? kProducts - 1 : products_before(r);
     float total = 0;
 #pragma unroll 1
     for (int other = 0; other < kWarps; ++other) {
@@ -288,10 +295,12 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads)
       total += terms[kLaneSums * kWarp + tap];
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        // Element i of chunks of dy meets element j of a chunk of x: see ptx::multiply_halves.
+        // Element i of a unit meets element j of a chunk of its window, the second one of the chunk behind: see
+        // ptx::multiply_halves.
         const int j = of_bias ? 0 : beyond_chunks(place + i);
-        const int chunk = first + (of_bias ? 0 : (place + i) / kChunk);
-        total += terms[(chunk / 2 * 4 + chunk % 2 * 2 + i % 2) * kWarp + j * 4 + i / 2];
+        const int product = first + (of_bias ? 0 : (place + i) / kChunk);
+        const float* const term = terms + (product * 4 + j % 2) * kWarp + i * 4 + j / 2;
+        total += term[0] + term[((of_bias ? 0 : 4) + 2) * kWarp];
       }
     }
     deliver(tap, total);

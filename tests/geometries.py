@@ -197,7 +197,7 @@ def suits(variant, direction, g, dtype):
         return direction == "wgrad" and takes and whole and (g.P, g.Q) == (g.H, g.W) and g.H * g.W <= 256
     if variant == "flat":
         takes = nchw and dtype in HALVES and not multiplied and dense and few_taps
-        return takes and (g.P, g.Q) == (g.H, g.W) and g.S <= min(g.W, 10)
+        return takes and (g.P, g.Q) == (g.H, g.W) and g.R <= 8 and g.S <= min(g.W, 10)
     if variant == "diagonals":
         # Chunks of 8 columns; of 16 no more. The last tap of the first column is not beyond the padding.
         narrow = max(g.W, g.Q) <= 120 and (g.S - 1) * g.dilation[1] + 7 >= g.padding[1][0]

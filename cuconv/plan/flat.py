@@ -15,8 +15,8 @@ _SIZE = 2
 CHUNK, PRODUCT = 8, 128
 # kMargin of cuda/flat.cuh.
 MARGIN = 32
-# A window is three chunks at most.
-_MOST_COLUMNS = CHUNK + 2
+# A window is three chunks at most; kernels are unrolled over their rows.
+_MOST_ROWS, _MOST_COLUMNS = 8, CHUNK + 2
 # Results are stored by words, so that units start at even elements.
 _SHIFTS = range(0, CHUNK, 2)
 _THREADS = (32, 64, 128, 256)
@@ -55,10 +55,10 @@ def require_flat(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -
             "takes one output channel an input channel, stride 1, dilation 1 and a y of x's extents; has "
             f"{g.multiplier}, {g.stride}, {g.dilation} and {g.P} x {g.Q} of {g.H} x {g.W}"
         )
-    if g.R * g.S > MAX_TAPS or g.S > min(g.W, _MOST_COLUMNS):
+    if g.R * g.S > MAX_TAPS or g.R > _MOST_ROWS or g.S > min(g.W, _MOST_COLUMNS):
         raise Unsuitable(
-            f"takes {MAX_TAPS} taps, of {_MOST_COLUMNS} columns and no more than a row has, and the kernel has "
-            f"{g.R} x {g.S} of rows of {g.W}"
+            f"takes {MAX_TAPS} taps of up to {_MOST_ROWS} rows and {_MOST_COLUMNS} columns, and no more of these than a "
+            f"row has, and the kernel has {g.R} x {g.S} of rows of {g.W}"
         )
     if not aligned:
         raise Unsuitable("takes arrays that start at multiples of 16 bytes")

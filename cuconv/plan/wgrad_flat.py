@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..geometry import Conv2dGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, Target, Unsuitable
 from .base import Plan
-from .flat import CHUNK, MARGIN, require_flat, whole, wide_windows
+from .flat import CHUNK, MARGIN, PRODUCT, require_flat, whole, wide_windows
 from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
 
 _SIZE = 2
 _WARP = 32
-# What a warp takes at once: two products' units.
-_UNITS = 32 * CHUNK
 _THREADS = (64, 128, 256)
 _STAGES = (1, 2, 3)
 
@@ -31,15 +29,12 @@ class Tile:
     x_bytes: int  # of one unit of work
     dy_bytes: int
     shared_bytes: int
+    registers: int  # of a thread, at most: kBlocks of cuda/depthwise_wgrad_flat.cu
 
     def blocks(self, target: Target) -> int:
         """Blocks that a multiprocessor holds at once."""
         of_shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
-        return min(32, of_shared, 65536 // (self.threads * _REGISTERS))
-
-
-# Of a thread, at most.
-_REGISTERS = 128
+        return min(32, of_shared, 65536 // (self.threads * self.registers))
 
 
 def flat(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
@@ -96,13 +91,14 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
 def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
     """Those that fit the device's shared memory."""
     budget = target.shared_per_block - SHARED_RESERVE
-    chunks = 2 * g.R + wide_windows(g, 0).bit_count()
-    products = (chunks + bias + 1) // 2
+    products = 3 * g.R + wide_windows(g, 0).bit_count() + bias
+    registers = 168 if 4 * products + g.R * g.S > 60 else 128
     for rows, threads, stages in product(sorted({-(-g.H // n) for n in range(1, g.H + 1)}), _THREADS, _STAGES):
         if rows * g.W > 2**24:
             continue
         units = g.N * -(-g.H // rows)
-        reach = whole(rows * g.W + CHUNK - 1, _UNITS)
+        # Each of 16 lanes of a warp has an odd number of units.
+        reach = rows * g.W + CHUNK + 2 * PRODUCT * (threads // _WARP)
         x_bytes = whole((MARGIN + (g.R - 1) * g.W + reach + 5 * CHUNK) * _SIZE, 128)
         dy_bytes = whole((5 * CHUNK + rows * g.W) * _SIZE, 128)
         entries = g.R * g.S + bias
@@ -110,11 +106,11 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
         shared = max(128 + stages * (x_bytes + dy_bytes), sums)
         if stages > units or shared > budget:
             continue
-        tile = Tile(rows, threads, stages, 1, x_bytes, dy_bytes, shared)
+        tile = Tile(rows, threads, stages, 1, x_bytes, dy_bytes, shared, registers)
         held = target.multiprocessors * tile.blocks(target)
         some = {1, int(min(units, slabs_of_cluster(g.K, held))), *(max(1, min(units, held // n // g.K)) for n in (1, 2))}
         for slabs in sorted(some):
-            yield Tile(rows, threads, stages, slabs, x_bytes, dy_bytes, shared)
+            yield replace(tile, slabs=slabs)
 
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
