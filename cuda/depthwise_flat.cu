@@ -3,8 +3,8 @@
 // pass's. See flat.cuh.
 //
 // A unit's outputs are its window times a band: a matrix of kernel row r whose element (k, n) is w[r][s] where
-// k = n + s + the window's place in its first chunk, and zero elsewhere. A product takes 16 units, one behind the
-// other; the bands stay in a warp's registers.
+// k = n + s + the window's place in its first chunk, and zero elsewhere. A product takes 16 units; the bands stay in a
+// warp's registers.
 //
 // A block owns some rows of one channel, in several images in turn. One bulk copy brings what they need, one takes the
 // results back.
@@ -13,8 +13,7 @@
 // zeros that it meets. Where a sum is not finite, all of the block's rows are made again, tap by tap.
 //
 // Compile-time values: T; R, S; LEFT (padding); TURNED (the kernel, both ways); WIDE (bit r: the windows of kernel row
-// r reach into a third chunk); THREADS; STAGES (images under way at once); OUTPUTS (of which results are on their way);
-// TOGETHER (products that a warp makes at once).
+// r reach into a third chunk); THREADS; STAGES (images under way at once); OUTPUTS (of which results are on their way).
 #include "flat.cuh"
 #include "numbers.cuh"
 #include "products.cuh"
@@ -29,11 +28,8 @@ constexpr int kWide = CUCONV_WIDE;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kOutputs = CUCONV_OUTPUTS;
-constexpr int kTogether = CUCONV_TOGETHER;
 
 constexpr int kWarps = kThreads / kWarp;
-// Outputs of a product.
-constexpr int kTile = kUnits * kChunk;
 constexpr int kRight = kS - 1 - kLeft;
 // A row's first outputs, and its last, need so many of its columns.
 constexpr int kEdge = kS - 1;
@@ -196,53 +192,64 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (thread == 0) ptx::bulk_store_wait_read<kOutputs - 1>();
     __syncthreads();
 
-    // The first unit starts so many elements before the first output.
+    // The first unit starts so many elements before the first output. 16 lanes of a warp's products go through an odd
+    // number of neighbouring units each, two at a time, so that what they load at once is in different banks, and what
+    // two units share is loaded once. The last ones are made by two lanes where there are fewer.
     const int before = beyond_chunks(y_place - g.shift);
-    const int tiles = (count + before + kTile - 1) / kTile;
-    // Its first output would be here if it were a window's; windows start at the chunk before, each in its own place.
-    const T* const unit = top_start + g.top * g.W - before - g.shift + (lane % kUnits + lane / kUnits) * kChunk;
-    const T* window[kR];
+    const int units = (count + before + kChunk - 1) / kChunk;
+    const int length = (units + kWarps * kUnits - 1) / (kWarps * kUnits) | 1;
+    const auto first_of = [&](int i) { return min((warp * kUnits + i) * length, units - length) * kChunk; };
+    const T* source[kR];
+    uint32 last[kR][4];
 #pragma unroll
-    for (int r = 0; r < kR; ++r) window[r] = unit + whole_chunks(g.shift + (r - g.top) * g.W - kLeft);
-    T* const unit_result = output - before + lane / 4 * kChunk + lane % 4 * 2;
-    float seen[kTogether] = {};
-#pragma unroll 1
-    for (int tile = warp * kTogether; tile < tiles; tile += kWarps * kTogether) {
-      // Where fewer are left, some of those before them once more.
-      const int first = max(0, min(tile, tiles - kTogether)) * kTile;
-      float sum[kTogether][4];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[i][e] = start;
-#pragma unroll
-        for (int r = 0; r < kR; ++r) {
-          const T* const source = window[r] + first + i * kTile;
-          uint32 a[4];
-          ptx::load_matrices(source, a);
-          multiply(T{}, sum[i], a, band[r].word);
-          if (kWide >> r & 1) {
-            uint32 third[2];
-            ptx::load_matrices(source + 2 * kChunk, third);
-            multiply(T{}, sum[i], third, band[r].third);
-          }
-        }
-      }
-      T* const result = unit_result + first;
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32*>(result + i * kTile + half * (kTile / 2)) =
-              narrow_pair(T{}, sum[i][2 * half], sum[i][2 * half + 1]);
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) seen[i] = fma(sum[i][e], 0.0f, seen[i]);
+    for (int r = 0; r < kR; ++r) {
+      source[r] = top_start + g.top * g.W - before - g.shift + whole_chunks(g.shift + (r - g.top) * g.W - kLeft) +
+                  first_of(lane % kUnits) + (lane / kUnits + (kWide >> r & 1) - 1) * kChunk;
+      ptx::load_matrices(source[r], last[r]);
     }
-    float sum_seen = 0;
+    T* const result = output - before + lane % 4 * 2;
+    T* results[2] = {result + first_of(lane / 4), result + first_of(lane / 4 + kUnits / 2)};
+    float seen[2] = {};
+#pragma unroll 2
+    for (int i = 0; i < length; i += 2) {
+      float sum[2][4];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) sum_seen += seen[i];
+      for (int e = 0; e < 4; ++e) sum[0][e] = sum[1][e] = start;
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        uint32 next[4];
+        source[r] += 2 * kChunk;
+        ptx::load_matrices(source[r], next);
+        const uint32 begins[2] = {last[r][2], last[r][3]};
+        const uint32 follows[2] = {next[0], next[1]};
+        if (kWide >> r & 1) {
+          const uint32 ends[2] = {band[r].word[1], band[r].third};
+          multiply(T{}, sum[0], last[r], band[r].word);
+          multiply(T{}, sum[0], follows, band[r].third);
+          multiply(T{}, sum[1], begins, band[r].word[0]);
+          multiply(T{}, sum[1], next, ends);
+        } else {
+          multiply(T{}, sum[0], begins, band[r].word[0]);
+          multiply(T{}, sum[0], follows, band[r].word[1]);
+          multiply(T{}, sum[1], next, band[r].word);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) last[r][e] = next[e];
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int unit = 0; unit < 2; ++unit)
+          *reinterpret_cast<uint32*>(results[half] + unit * kChunk) =
+              narrow_pair(T{}, sum[unit][2 * half], sum[unit][2 * half + 1]);
+        results[half] += 2 * kChunk;
+      }
+#pragma unroll
+      for (int unit = 0; unit < 2; ++unit)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) seen[unit] = fma(sum[unit][e], 0.0f, seen[unit]);
+    }
+    const float sum_seen = seen[0] + seen[1];
     if (__syncthreads_or(sum_seen != sum_seen)) {
       const T* const channel = w + static_cast<int64>(k) * (kR * kS);
 #pragma unroll 1

@@ -486,13 +486,13 @@ def check_flat(g, chosen, dtype, dgrad):
     for r in range(g.R):
         place = (values["shift"] - g.padding[1][0] + (r - g.padding[0][0]) * g.W) % 8
         assert place + 7 + g.S <= (3 if defines["WIDE"] >> r & 1 else 2) * 8
-    # Before the first row that is needed, which starts at any element of a chunk, there is room for where the first
-    # window starts; behind it for the last one's end, and for results of whole products.
-    assert flat.MARGIN >= g.padding[1][0] + 7 + 7
-    products = max(defines["TOGETHER"], -(-(values["block_rows"] * g.W + 7) // 128))
-    last = flat.MARGIN + 7 + products * 128 + (g.R - 1) * g.W + 24
-    assert max(last, flat.MARGIN + 7 + (values["block_rows"] + g.R - 1) * g.W + 16) * 2 <= values["input_bytes"]
-    assert (8 + 7 + products * 128) * 2 <= values["output_bytes"]
+    # Before the first row that is needed, which starts at any element of a chunk, there is room for the chunk before
+    # the first window; behind it for that of a unit behind the last one, and for its results.
+    assert flat.MARGIN >= g.padding[1][0] + 7 + 7 + 8
+    outputs = values["block_rows"] * g.W
+    last = flat.MARGIN + 7 + (g.R - 1) * g.W + outputs + 14 + 8 + 32
+    assert max(last, flat.MARGIN + 7 + (g.R - 1) * g.W + outputs + 16) * 2 <= values["input_bytes"]
+    assert (8 + 7 + outputs + 7 + 8) * 2 <= values["output_bytes"]
 
 
 CHECKS = {

@@ -22,7 +22,6 @@ _SHIFTS = range(0, CHUNK, 2)
 _THREADS = (32, 64, 128, 256)
 _STAGES = (1, 2, 3)
 _IMAGES = (1, 2, 4, 8)
-_TOGETHER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,6 @@ class Tile:
     threads: int
     stages: int
     outputs: int
-    together: int
     input_bytes: int  # of one image
     output_bytes: int
 
@@ -101,7 +99,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, tile: Tile, turned: bool = False) -
             ("THREADS", tile.threads),
             ("STAGES", tile.stages),
             ("OUTPUTS", tile.outputs),
-            ("TOGETHER", tile.together),
         ),
         grid=grid,
         block=tile.threads,
@@ -139,12 +136,6 @@ def whole(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def input_bytes(g: Conv2dGeometry, outputs: int) -> int:
-    """Of so many outputs, those of whole products: a margin, their inputs from any place of a chunk on, and what windows
-    reach beyond."""
-    return whole((MARGIN + (g.R - 1) * g.W + outputs + 5 * CHUNK) * _SIZE, 128)
-
-
 def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
     """Those that fit the device's shared memory."""
     budget = target.shared_per_block - SHARED_RESERVE
@@ -154,16 +145,16 @@ def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
             continue
         if rows * g.W > 2**24:
             continue
-        outputs = max(_TOGETHER * PRODUCT, whole(rows * g.W + CHUNK - 1, PRODUCT))
+        # A margin, the rows of x from any place of a chunk on, and what windows reach beyond; results likewise.
+        inputs, outputs = MARGIN + (rows + g.R - 1) * g.W + 8 * CHUNK, rows * g.W + 4 * CHUNK
         tile = Tile(
             block_rows=rows,
             block_images=images,
             threads=threads,
             stages=stages,
             outputs=min(2, stages),
-            together=_TOGETHER,
-            input_bytes=input_bytes(g, outputs),
-            output_bytes=whole((2 * CHUNK + outputs) * _SIZE, 128),
+            input_bytes=whole(inputs * _SIZE, 128),
+            output_bytes=whole(outputs * _SIZE, 128),
         )
         if tile.shared_bytes <= budget:
             yield tile
