@@ -51,8 +51,9 @@ __device__ constexpr int wide_before(int r) {
 __device__ constexpr int products_before(int r) { return 3 * r + wide_before(r); }
 constexpr int kProducts = products_before(kR) + kBias;
 constexpr int kLaneSums = 4 * kProducts;
-// 128 registers a thread, 168 where there are many sums. Left to itself the compiler aims at more blocks and spills.
-constexpr int kBlocks = (kLaneSums + kTaps > 60 ? 384 : 512) / kThreads;
+// 128 registers a thread, and more where there are many sums. Left to itself the compiler aims at more blocks and spills.
+constexpr int kSums = kLaneSums + kTaps;
+constexpr int kBlocks = (kSums > 110 ? 256 : kSums > 60 ? 384 : 512) / kThreads;
 
 static_assert(sizeof(T) == 2, "tensor cores take 16-bit elements");
 static_assert(kR <= 8 && kS <= kChunk + 2, "WIDE has eight bits, and a window three chunks at most");

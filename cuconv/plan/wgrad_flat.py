@@ -92,7 +92,8 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
     """Those that fit the device's shared memory."""
     budget = target.shared_per_block - SHARED_RESERVE
     products = 3 * g.R + wide_windows(g, 0).bit_count() + bias
-    registers = 168 if 4 * products + g.R * g.S > 60 else 128
+    sums = 4 * products + g.R * g.S
+    registers = 256 if sums > 110 else 168 if sums > 60 else 128
     for rows, threads, stages in product(sorted({-(-g.H // n) for n in range(1, g.H + 1)}), _THREADS, _STAGES):
         if rows * g.W > 2**24:
             continue
@@ -102,8 +103,8 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
         x_bytes = whole((MARGIN + (g.R - 1) * g.W + reach + 5 * CHUNK) * _SIZE, 128)
         dy_bytes = whole((5 * CHUNK + rows * g.W) * _SIZE, 128)
         entries = g.R * g.S + bias
-        sums = 4 * (threads // _WARP * (4 * products * _WARP + entries) + entries)
-        shared = max(128 + stages * (x_bytes + dy_bytes), sums)
+        sums_bytes = 4 * (threads // _WARP * (4 * products * _WARP + entries) + entries)
+        shared = max(128 + stages * (x_bytes + dy_bytes), sums_bytes)
         if stages > units or shared > budget:
             continue
         tile = Tile(rows, threads, stages, 1, x_bytes, dy_bytes, shared, registers)
