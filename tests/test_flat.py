@@ -116,10 +116,14 @@ def test_every_kind_of_tile_of_wgrad(device, rng, kind):
         oracle.assert_wgrad_within_bound(dw, dbias, dy, x, padding=g.padding)
 
 
-def test_finite_data_are_made_by_products_alone(device, rng, monkeypatch):
+@pytest.mark.parametrize("kind", ["3x3", "5x5", "6x10"])
+def test_finite_data_are_made_by_products_alone(device, rng, monkeypatch, kind):
     """Whatever windows reach beyond the rows is finite: nothing is made again, tap by tap."""
     never = {
-        "depthwise_flat.cu": ("__syncthreads_or(sum_seen != sum_seen)", "__syncthreads_or(false && sum_seen != sum_seen)"),
+        "depthwise_flat.cu": (
+            "__syncthreads_or(sum_seen != sum_seen)",
+            "__syncthreads_or(false && sum_seen != sum_seen)",
+        ),
         "depthwise_wgrad_flat.cu": ("__syncthreads_or(seen != seen)", "__syncthreads_or(false && seen != seen)"),
     }
     read = kernels._read
@@ -133,17 +137,16 @@ def test_finite_data_are_made_by_products_alone(device, rng, monkeypatch):
 
     monkeypatch.setattr(kernels, "_read", read_without)
     forget_kernels()
-    for kind in ("3x3", "5x5", "6x10"):
-        g, dtype = geometry_of(kind)
-        x, w, bias = oracle.random_arrays(rng, g.x_shape, g.w_shape, dtype)
-        dy = random_dy(rng, g, dtype)
-        for tile in each_feature_once(rng, list(flat.tiles(g, device.target)), forward_features(g)):
-            y = device.launch(flat.tile_plan(g, dtype, tile), x, w, bias, g.y_shape)
-            oracle.assert_within_bound(y, x, w, bias, padding=g.padding)
-        for tile in each_feature_once(rng, list(wgrad_flat.tiles(g, True, device.target)), wgrad_features(g)):
-            chosen = wgrad_flat.tile_plan(g, dtype, True, device.target, tile)
-            dw, dbias = launch_wgrad(device, chosen, dy, x, g.w_shape)
-            oracle.assert_wgrad_within_bound(dw, dbias, dy, x, padding=g.padding)
+    g, dtype = geometry_of(kind)
+    x, w, bias = oracle.random_arrays(rng, g.x_shape, g.w_shape, dtype)
+    dy = random_dy(rng, g, dtype)
+    for tile in each_feature_once(rng, list(flat.tiles(g, device.target)), forward_features(g)):
+        y = device.launch(flat.tile_plan(g, dtype, tile), x, w, bias, g.y_shape)
+        oracle.assert_within_bound(y, x, w, bias, padding=g.padding)
+    for tile in each_feature_once(rng, list(wgrad_flat.tiles(g, True, device.target)), wgrad_features(g)):
+        chosen = wgrad_flat.tile_plan(g, dtype, True, device.target, tile)
+        dw, dbias = launch_wgrad(device, chosen, dy, x, g.w_shape)
+        oracle.assert_wgrad_within_bound(dw, dbias, dy, x, padding=g.padding)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

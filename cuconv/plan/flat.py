@@ -162,9 +162,7 @@ def tiles(g: Conv2dGeometry, target: Target) -> Iterator[Tile]:
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     """What ranks tiles."""
-    resident = min(
-        32, 2048 // tile.threads, target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE)
-    )
+    resident = min(32, 2048 // tile.threads, target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE))
     outputs = tile.block_rows * g.W
     halo = (tile.block_rows + g.R - 1) / tile.block_rows
     fixed = 4000 / outputs

@@ -109,7 +109,11 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
             continue
         tile = Tile(rows, threads, stages, 1, x_bytes, dy_bytes, shared, registers)
         held = target.multiprocessors * tile.blocks(target)
-        some = {1, int(min(units, slabs_of_cluster(g.K, held))), *(max(1, min(units, held // n // g.K)) for n in (1, 2))}
+        some = {
+            1,
+            int(min(units, slabs_of_cluster(g.K, held))),
+            *(max(1, min(units, held // n // g.K)) for n in (1, 2)),
+        }
         for slabs in sorted(some):
             yield replace(tile, slabs=slabs)
 
