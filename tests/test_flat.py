@@ -1,4 +1,4 @@
-"""Planes as they lie in memory: every place of rows in chunks of 16 bytes, every kind of tile, every rule of padding."""
+"""Planes as they lie in memory: every place of rows in chunks of 16 bytes, every kind of tile, all rules of padding."""
 
 from __future__ import annotations
 

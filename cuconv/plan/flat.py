@@ -55,8 +55,8 @@ def require_flat(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -
         )
     if g.R * g.S > MAX_TAPS or g.R > _MOST_ROWS or g.S > min(g.W, _MOST_COLUMNS):
         raise Unsuitable(
-            f"takes {MAX_TAPS} taps of up to {_MOST_ROWS} rows and {_MOST_COLUMNS} columns, and no more of these than a "
-            f"row has, and the kernel has {g.R} x {g.S} of rows of {g.W}"
+            f"takes {MAX_TAPS} taps of up to {_MOST_ROWS} rows and {_MOST_COLUMNS} columns, and no more of these than "
+            f"x has, and the kernel has {g.R} x {g.S} of rows of {g.W}"
         )
     if not aligned:
         raise Unsuitable("takes arrays that start at multiples of 16 bytes")

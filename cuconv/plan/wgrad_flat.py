@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ..geometry import Conv2dGeometry
-from .base import DTYPES, MAX_GRID, SHARED_RESERVE, Target, Unsuitable
-from .base import Plan
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, Plan, Target, Unsuitable
 from .flat import CHUNK, MARGIN, PRODUCT, require_flat, whole, wide_windows
 from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
 
