@@ -3,8 +3,8 @@
 // pass's. See flat.cuh.
 //
 // A unit's outputs are its window times a band: a matrix of kernel row r whose element (k, n) is w[r][s] where
-// k = n + s + the window's place in its first chunk, and zero elsewhere. A product takes 16 units; the bands stay in a
-// warp's registers.
+// k = n + s + the window's place in its first chunk, and zero elsewhere. A product takes one chunk of the windows of 16
+// units; the bands stay in a warp's registers.
 //
 // A block owns some rows of one channel, in several images in turn. One bulk copy brings what they need, one takes the
 // results back.
@@ -50,10 +50,9 @@ struct Parameters {
   int64 total_x;                  // elements of x
 };
 
-// Kernel row r of the band, and of its third chunk.
+// A lane's part of the band of a kernel row, for each chunk of a window.
 struct Band {
-  uint32 word[2];
-  uint32 third;
+  uint32 word[3];
 };
 
 __device__ __forceinline__ void load_weights(const T* w, float (&weight)[kR][kS], uint16 (&bits)[kR][kS]) {
@@ -164,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     clear_around<kThreads>(input_of(turn), g.input_bytes, low, low + (rows.high - rows.low) * g.W, thread);
   }
 
-  // A lane's part of the bands: rows 2 (lane % 4) and the next, and those 8 behind, of column lane / 4.
+  // Of every chunk rows 2 (lane % 4) and the next, of column lane / 4.
   float weight[kR][kS];
   Band band[kR];
   {
@@ -174,8 +173,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kR; ++r) {
       const int place = beyond_chunks(g.shift + (r - g.top) * g.W - kLeft);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) band[r].word[i] = word_of_band(bits[r], place, i * 8 + lane % 4 * 2, lane / 4);
-      band[r].third = kWide >> r & 1 ? word_of_band(bits[r], place, 16 + lane % 4 * 2, lane / 4) : 0;
+      for (int d = 0; d < 2 + (kWide >> r & 1); ++d)
+        band[r].word[d] = word_of_band(bits[r], place, d * kChunk + lane % 4 * 2, lane / 4);
     }
   }
   const float start = bias == nullptr ? 0.0f : widen(bias[k]);
@@ -220,19 +219,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         uint32 next[4];
         source[r] += 2 * kChunk;
         ptx::load_matrices(source[r], next);
-        const uint32 begins[2] = {last[r][2], last[r][3]};
-        const uint32 follows[2] = {next[0], next[1]};
-        if (kWide >> r & 1) {
-          const uint32 ends[2] = {band[r].word[1], band[r].third};
-          multiply(T{}, sum[0], last[r], band[r].word);
-          multiply(T{}, sum[0], follows, band[r].third);
-          multiply(T{}, sum[1], begins, band[r].word[0]);
-          multiply(T{}, sum[1], next, ends);
-        } else {
-          multiply(T{}, sum[0], begins, band[r].word[0]);
-          multiply(T{}, sum[0], follows, band[r].word[1]);
-          multiply(T{}, sum[1], next, band[r].word);
-        }
+        // Of the chunks that the two windows have together, those that are there already.
+        const int kept = 1 + (kWide >> r & 1);
+#pragma unroll
+        for (int unit = 0; unit < 2; ++unit)
+#pragma unroll
+          for (int d = 0; d < 1 + kept; ++d) {
+            const int chunk = unit + d;
+            const uint32* const pieces = chunk < kept ? last[r] + 2 * (2 - kept + chunk) : next + 2 * (chunk - kept);
+            const uint32 a[2] = {pieces[0], pieces[1]};
+            multiply(T{}, sum[unit], a, band[r].word[d]);
+          }
 #pragma unroll
         for (int e = 0; e < 4; ++e) last[r][e] = next[e];
       }
