@@ -164,7 +164,15 @@ __device__ __forceinline__ void load_matrices(const void* row, uint32 (&piece)[4
                : "memory");
 }
 
-// Likewise, but lane l gets elements l / 4 of rows 2 (l % 4) and the next: of each matrix the transposed one.
+// Likewise of two matrices, whose rows lanes 0 to 15 give.
+__device__ __forceinline__ void load_matrices(const void* row, uint32 (&piece)[2]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(piece[0]), "=r"(piece[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// As of four, but lane l gets elements l / 4 of rows 2 (l % 4) and the next: of each matrix the transposed one.
 __device__ __forceinline__ void load_matrices_transposed(const void* row, uint32 (&piece)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(piece[0]), "=r"(piece[1]), "=r"(piece[2]), "=r"(piece[3])

@@ -167,6 +167,7 @@ PASSES = ("forward", "dgrad", "wgrad")
 VARIANTS = (
     "direct",
     "runs",
+    "flat",
     "toeplitz",
     "images",
     "diagonals",
@@ -194,6 +195,9 @@ def suits(variant, direction, g, dtype):
     if variant == "pairs":
         takes = nchw and dtype in HALVES and not multiplied and dense and few_taps
         return direction == "wgrad" and takes and whole and (g.P, g.Q) == (g.H, g.W) and g.H * g.W <= 256
+    if variant == "flat":
+        takes = nchw and dtype in HALVES and not multiplied and dense and few_taps
+        return takes and (g.P, g.Q) == (g.H, g.W) and g.R <= 8 and g.S <= min(g.W, 10)
     if variant == "diagonals":
         # Chunks of 8 columns; of 16 no more. The last tap of the first column is not beyond the padding.
         narrow = max(g.W, g.Q) <= 120 and (g.S - 1) * g.dilation[1] + 7 >= g.padding[1][0]
@@ -246,6 +250,7 @@ def suits(variant, direction, g, dtype):
 _MAIN_DTYPES = {
     "direct": ("float16", "float32"),
     "runs": ("float16", "float32"),
+    "flat": ("float16",),
     "toeplitz": ("float16",),
     "images": ("float16",),
     "diagonals": ("float16",),

@@ -31,6 +31,8 @@ REGISTER_BUDGET_TENSOR_WGRAD = 216
 # A word or two, of which those of slak51 and convnext7 are written once and read once a turn, and that of eff5 is
 # sm_100's.
 SPILL_BUDGET_TENSOR_WGRAD = {"slak51": 16, "convnext7": 16, "eff5": 8}
+# Of 7x7 in flat planes there are 29 products, in the gradient of the weights with four sums each, and 49 sums of edges.
+REGISTER_BUDGET_FLAT = 255
 # Small planes keep the products of a group; a tile is offered where its blocks leave room for all of them.
 REGISTER_BUDGET_IMAGES = 255
 # On sm_100 and sm_120, whose tiles are chosen by the registers that sm_90 needs: 7x7 on 14x14.
@@ -171,6 +173,21 @@ def test_quads_compile_within_their_budget(case, architecture):
         budget = SPILL_BUDGET_QUADS if architecture == MEASURED else 0
         assert resources.spill_bytes <= budget, f"{tile} spills {resources.spill_bytes} bytes"
         assert resources.registers <= REGISTER_BUDGET_QUADS, f"{tile} takes {resources.registers}"
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if int(name[3:].rstrip("a")) >= 90])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_flat_compiles_within_its_budget(kernel, architecture):
+    """Rows that start at every odd place of a chunk from row to row, which says what windows are wide."""
+    dtypes = ("float16", "bfloat16") if architecture == MEASURED else ("float16",)
+    for width, dtype in product((15, 29, 57, 131), dtypes):
+        g = geometry((32, 67, 57, width), (67, 1, kernel, kernel), padding=kernel // 2)
+        target = TARGETS[architecture]
+        wgrad = plan.depthwise_wgrad(g, dtype, True, target, "flat").sums
+        for chosen in (plan.depthwise_forward(g, dtype, target, "flat"), wgrad):
+            resources = kernels.compile_only(chosen, architecture)
+            assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+            assert resources.registers <= REGISTER_BUDGET_FLAT, f"{chosen} takes {resources.registers}"
 
 
 @pytest.mark.parametrize("kernel", [3, 9, 11])

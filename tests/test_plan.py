@@ -22,6 +22,7 @@ from cuconv.plan import (
     channels_last_mma,
     channels_last_runs,
     channels_last_staged,
+    flat,
     runs,
     tiles,
     toeplitz,
@@ -496,9 +497,32 @@ def check_images(g, chosen, dtype, dgrad):
         assert values["rows_before"] * g.W >= -values["first_grain"] * 8
 
 
+def check_flat(g, chosen, dtype, dgrad):
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    # Every row, channel and image has one block.
+    blocks = (values["block_rows"], 1, values["block_images"])
+    for extent, count, of_block in zip((g.H, g.K, g.N), chosen.grid, blocks, strict=True):
+        assert count * of_block >= extent > (count - 1) * of_block
+    assert defines["STAGES"] <= values["block_images"]
+    # Words of results lie at even elements, and every window within the chunks that are loaded.
+    assert values["shift"] % 2 == 0
+    for r in range(g.R):
+        place = (values["shift"] - g.padding[1][0] + (r - g.padding[0][0]) * g.W) % 8
+        assert place + 7 + g.S <= (3 if defines["WIDE"] >> r & 1 else 2) * 8
+    # Before the first row that is needed, which starts at any element of a chunk, there is room for the chunk before
+    # the first window; behind it for that of a unit behind the last one, and for its results.
+    assert flat.MARGIN >= g.padding[1][0] + 7 + 7 + 8
+    outputs = values["block_rows"] * g.W
+    last = flat.MARGIN + 7 + (g.R - 1) * g.W + outputs + 14 + 8 + 32
+    assert max(last, flat.MARGIN + 7 + (g.R - 1) * g.W + outputs + 16) * 2 <= values["input_bytes"]
+    assert (8 + 7 + outputs + 7 + 8) * 2 <= values["output_bytes"]
+
+
 CHECKS = {
     "direct": check_direct,
     "runs": check_runs,
+    "flat": check_flat,
     "toeplitz": check_toeplitz,
     "images": check_images,
     "tiles": check_tiles,
@@ -530,10 +554,16 @@ def geometries(draw, variant):
         C, H, W, multiplier = 8 * (C // 8 + 1), H % 32 + 1, W % 32 + 1, 1
     if variant == "channels_last_mma":
         C, multiplier, numbers = 8 * C, 1, {"channels_last": True}
+    if variant == "flat":
+        multiplier, numbers = 1, {}
     side = st.integers(0, most_padding)
     # No smaller than what the kernel reaches over.
     reach = [d * (k - 1) + 1 for d, k in zip(numbers.get("dilation", (1, 1)), kernel, strict=True)]
     padding = [draw(st.tuples(side, side)) for _ in range(2)]
+    if variant == "flat":
+        # The output has the extents of x, where that is no narrower than the kernel.
+        padding = [(before % k, k - 1 - before % k) for (before, _), k in zip(padding, kernel, strict=True)]
+        W += kernel[1]
     H, W = (max(size, r - sum(around)) for size, r, around in zip((H, W), reach, padding, strict=True))
     return geometry((N, C, H, W), (C * multiplier, 1, *kernel), padding=tuple(padding), **numbers)
 
@@ -548,12 +578,12 @@ def geometries(draw, variant):
 )
 def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, target, aligned):
     g = data.draw(geometries(variant))
-    dtype = "bfloat16" if variant in ("toeplitz", "images", "channels_last_mma") else dtype
+    dtype = "bfloat16" if variant in ("flat", "toeplitz", "images", "channels_last_mma") else dtype
     most_threads = {"images": 512, "channels_last_staged": 512, "channels_last_mma": 640, "channels_last_runs": 1024}
     for direction, make in zip(("forward", "dgrad"), PASSES, strict=True):
         chosen, reason = plan_or_reason(make, g, dtype, target, variant, aligned)
         if chosen is None:
-            unaligned = not aligned and (variant == "images" or "aligned" in reason)
+            unaligned = not aligned and (variant in ("flat", "images") or "aligned" in reason)
             assert not suits(variant, direction, g, dtype) or unaligned or "fit" in reason
             continue
         assert suits(variant, direction, g, dtype)
@@ -839,7 +869,7 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
             plans += filter(None, (of_wgrad.sums, of_wgrad.reduce))
         elif make is not plan.depthwise_wgrad and suits(variant, "forward", g, "float16"):
             plans.append(make(g, "float16", H200, variant))
-    assert len({chosen.source for chosen in plans}) == 20
+    assert len({chosen.source for chosen in plans}) == 22
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

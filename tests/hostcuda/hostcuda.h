@@ -237,17 +237,20 @@ void show_lanes(const T& own, int line, Read read) {
   hostcuda::meet_lanes(0xFFFFFFFFu, 0, line);
 }
 
-// Each lane's pieces of four matrices, of whose rows `of_lane` knows the addresses.
-template <class Gather>
-void gather_matrices(const void* row, uint32 (&piece)[4], Gather gather, int line) {
-  if (!hostcuda::in_shared(row, 16)) fail("load_matrices outside shared memory, in line %d", line);
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices needs rows aligned to 16 bytes, in line %d", line);
+// Each lane's pieces of some matrices, of whose rows `of_lane` knows the addresses.
+template <int kCount, class Gather>
+void gather_matrices(const void* row, uint32 (&piece)[kCount], Gather gather, int line) {
+  if (hostcuda::own_lane() < 8 * kCount) {
+    if (!hostcuda::in_shared(row, 16)) fail("load_matrices outside shared memory, in line %d", line);
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices needs rows aligned to 16 bytes, in line %d", line);
+  }
   show_lanes(row, line, [&](auto of_lane) {
-    for (int m = 0; m < 4; m++)
+    for (int m = 0; m < kCount; m++)
       piece[m] = gather([&](int i) { return static_cast<const unsigned char*>(of_lane(8 * m + i)); });
   });
 }
-inline void load_matrices(const void* row, uint32 (&piece)[4], int line = __builtin_LINE()) {
+template <int kCount>
+void load_matrices(const void* row, uint32 (&piece)[kCount], int line = __builtin_LINE()) {
   const int lane = hostcuda::own_lane();
   gather_matrices(row, piece, [lane](auto row_of) {
     uint32 pair;
