@@ -139,6 +139,18 @@ _QUADS = {
     "136_channels": ((1, 136, 5, 6), (136, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
 }
 
+# What only phases of dilated rows branch on, whose outputs are as many as their inputs: rows that begin in the midst of a
+# word, and those of all but one place; fewer rows and columns than a dilation; padding on one side alone; more images
+# than a block works on at once, and than are whole turns.
+_PHASES = {
+    "odd_dilation_12": ((3, 3, 30, 37), (3, 1, 3, 3), (1, 1), ((12, 12), (12, 12)), (12, 12)),
+    "even_dilation_3_2": ((11, 2, 13, 14), (2, 1, 3, 3), (1, 1), ((3, 3), (2, 2)), (3, 2)),
+    "odd_one_sided": ((5, 3, 9, 19), (3, 1, 3, 3), (1, 1), ((4, 0), (0, 8)), (2, 4)),
+    "below_a_dilation": ((9, 5, 5, 7), (5, 1, 3, 3), (1, 1), ((7, 7), (8, 8)), (7, 8)),
+    "2x5_phases": ((2, 2, 14, 11), (2, 1, 2, 5), (1, 1), ((0, 4), (4, 4)), (4, 2)),
+    "4x1_phases": ((23, 1, 15, 5), (1, 1, 4, 1), (1, 1), ((4, 2), (0, 0)), (2, 6)),
+}
+
 
 def _geometries(table):
     return {
@@ -147,7 +159,9 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES | _QUADS)
+GEOMETRIES = _geometries(
+    EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES | _QUADS | _PHASES
+)
 # As rows of images they need more products than registers hold.
 _TOO_MANY_PRODUCTS = [
     GEOMETRIES[name]
@@ -167,6 +181,7 @@ PASSES = ("forward", "dgrad", "wgrad")
 VARIANTS = (
     "direct",
     "runs",
+    "phases",
     "toeplitz",
     "images",
     "diagonals",
@@ -209,6 +224,16 @@ def suits(variant, direction, g, dtype):
         staged = not nchw and words and not multiplied
         few = {"runs": nchw, "channels_last": not nchw, "channels_last_staged": staged}.get(variant, False)
         return few if few_taps else variant == "tiles" and nchw and dense
+    if variant == "phases":
+        size = {"float32": 4, "float64": 8}.get(dtype, 2)
+        same = g.stride == (1, 1) and (g.P, g.Q) == (g.H, g.W) and not multiplied
+        whole = all(before % d == 0 for (before, _), d in zip(g.padding, g.dilation, strict=True))
+        # Columns of a phase, in words; rows of an odd number of halves begin in the midst of one.
+        per_word = max(1, 4 // size)
+        columns = per_word * -(-(g.W + (per_word == 2 and g.W % 2)) // g.dilation[1])
+        held = (g.R + 1) * columns + g.R * g.S <= 104
+        in_words = g.dilation[1] * size % 4 == g.dilation[0] * g.W * size % 4 == 0
+        return nchw and size <= 4 and in_words and same and whole and held
     if variant == "runs":
         axes = zip((g.R, g.S), g.stride, g.dilation, strict=True)
         return nchw and few_taps and (forward or all(1 in axis for axis in axes))
@@ -246,6 +271,7 @@ def suits(variant, direction, g, dtype):
 _MAIN_DTYPES = {
     "direct": ("float16", "float32"),
     "runs": ("float16", "float32"),
+    "phases": ("float16", "float32"),
     "toeplitz": ("float16",),
     "images": ("float16",),
     "diagonals": ("float16",),
@@ -274,6 +300,7 @@ _FEW = (
     "51x5_channels",
     "5x5_quads",
     "7x7_quads",
+    "odd_dilation_12",
 )
 
 
@@ -283,6 +310,7 @@ def cases(direction):
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
         of_variant = names[layout] | (_IMAGES if variant == "images" else {})
+        of_variant |= _PHASES if variant == "phases" else {}
         of_variant |= _TENSOR_WGRAD if variant in ("diagonals", "pairs") else {}
         of_variant |= _QUADS if variant == "channels_last_mma" else {}
         for name in of_variant if dtype in _MAIN_DTYPES[variant] else filter(of_variant.__contains__, _FEW):

@@ -21,6 +21,7 @@ from . import (
     channels_last_staged,
     direct,
     images,
+    phases,
     pointwise,
     runs,
     tiles,
@@ -61,6 +62,7 @@ __all__ = [
 # Of every pass its variants, the preferred one first: the first that suits is taken.
 _FORWARD = {
     "runs": runs.forward,
+    "phases": phases.forward,
     "channels_last_staged": channels_last_staged.forward,
     "channels_last_runs": channels_last_runs.forward,
     "channels_last": channels_last.forward,
@@ -72,6 +74,7 @@ _FORWARD = {
 }
 _DGRAD = {
     "runs": runs.dgrad,
+    "phases": phases.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
     "channels_last_runs": channels_last_runs.dgrad,
     "channels_last": channels_last.dgrad,
