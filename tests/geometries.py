@@ -139,9 +139,9 @@ _QUADS = {
     "136_channels": ((1, 136, 5, 6), (136, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
 }
 
-# What only phases of dilated rows branch on, whose outputs are as many as their inputs: rows that begin in the midst of a
-# word, and those of all but one place; fewer rows and columns than a dilation; padding on one side alone; more images
-# than a block works on at once, and than are whole turns.
+# What only phases of dilated rows branch on, whose outputs are as many as their inputs: rows that begin in the midst of
+# a word; fewer rows and columns than a dilation; padding on one side alone; more images than a block works on at once,
+# and than are whole turns.
 _PHASES = {
     "odd_dilation_12": ((3, 3, 30, 37), (3, 1, 3, 3), (1, 1), ((12, 12), (12, 12)), (12, 12)),
     "even_dilation_3_2": ((11, 2, 13, 14), (2, 1, 3, 3), (1, 1), ((3, 3), (2, 2)), (3, 2)),
@@ -205,6 +205,16 @@ def suits(variant, direction, g, dtype):
     forward, nchw = direction == "forward", not g.channels_last
     if variant == "direct":
         return True
+    if variant == "phases":
+        size = {"float32": 4, "float64": 8}.get(dtype, 2)
+        same = g.stride == (1, 1) and (g.P, g.Q) == (g.H, g.W) and not multiplied
+        whole_dilations = all(before % d == 0 for (before, _), d in zip(g.padding, g.dilation, strict=True))
+        # Columns of a phase, in words; rows of an odd number of halves begin in the midst of one.
+        per_word = max(1, 4 // size)
+        columns = per_word * -(-(g.W + (per_word == 2 and g.W % 2)) // g.dilation[1])
+        held = (g.R + 1) * columns + g.R * g.S + (direction == "wgrad") <= 104
+        in_words = g.dilation[1] * size % 4 == g.dilation[0] * g.W * size % 4 == 0
+        return nchw and size <= 4 and in_words and same and whole_dilations and held
     whole = all(size // g.N % 8 == 0 for size in (g.x_size, g.y_size))
     if variant == "pairs":
         takes = nchw and dtype in HALVES and not multiplied and dense and few_taps
@@ -224,16 +234,6 @@ def suits(variant, direction, g, dtype):
         staged = not nchw and words and not multiplied
         few = {"runs": nchw, "channels_last": not nchw, "channels_last_staged": staged}.get(variant, False)
         return few if few_taps else variant == "tiles" and nchw and dense
-    if variant == "phases":
-        size = {"float32": 4, "float64": 8}.get(dtype, 2)
-        same = g.stride == (1, 1) and (g.P, g.Q) == (g.H, g.W) and not multiplied
-        whole = all(before % d == 0 for (before, _), d in zip(g.padding, g.dilation, strict=True))
-        # Columns of a phase, in words; rows of an odd number of halves begin in the midst of one.
-        per_word = max(1, 4 // size)
-        columns = per_word * -(-(g.W + (per_word == 2 and g.W % 2)) // g.dilation[1])
-        held = (g.R + 1) * columns + g.R * g.S <= 104
-        in_words = g.dilation[1] * size % 4 == g.dilation[0] * g.W * size % 4 == 0
-        return nchw and size <= 4 and in_words and same and whole and held
     if variant == "runs":
         axes = zip((g.R, g.S), g.stride, g.dilation, strict=True)
         return nchw and few_taps and (forward or all(1 in axis for axis in axes))

@@ -33,6 +33,7 @@ from . import (
     wgrad_channels_last_staged,
     wgrad_diagonals,
     wgrad_pairs,
+    wgrad_phases,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .pointwise import Epilogue
@@ -86,6 +87,7 @@ _DGRAD = {
 }
 _WGRAD = {
     "runs": wgrad.runs,
+    "phases": wgrad_phases.phases,
     "diagonals": wgrad_diagonals.diagonals,
     "pairs": wgrad_pairs.pairs,
     "channels_last_staged": wgrad_channels_last_staged.channels_last_staged,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -27,7 +28,11 @@ _MAX_VALUES = 104
 _PLANES = (1, 2, 4)
 _STAGES = (1, 2, 4)
 _MAX_THREADS = 512
+# Phases of a thread, one after the other.
+_PARTS = (1, 2, 3, 4)
 _REGISTERS = 65536
+# The banks of shared memory, all of them.
+_BANKS_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +46,11 @@ class Tile:
     block_images: int
     threads: int
     plane_bytes: int
+    behind_bytes: int  # words of phases that end behind the last plane are loaded before they are masked
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * self.planes * self.plane_bytes + _BEHIND
+        return self.stages * self.planes * self.plane_bytes + self.behind_bytes
 
     @property
     def registers(self) -> int:
@@ -58,11 +64,21 @@ class Tile:
         return max(1, min(shared, 32 * warps // self.threads))
 
 
-# Words of phases that end behind the last plane are loaded before they are masked.
-_BEHIND = 512
-
-
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
+    require_phases(g, dtype, target, aligned)
+    choices = list(tiles(g, dtype, target))
+    if not choices:
+        raise Unsuitable(f"planes of {g.H} x {g.W}, dilated by {g.dilation}, do not fit registers and shared memory")
+    return tile_plan(g, dtype, target, min(choices, key=lambda tile: _cost(g, target, tile)), turned)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    """The plan of dx as a convolution of dy."""
+    return forward(dense_dgrad_as_forward(g), dtype, target, aligned, turned=True)
+
+
+def require_phases(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> None:
+    """Refuse what has no phases of whole words, or whose outputs lie elsewhere than its inputs."""
     size = DTYPES[dtype][1]
     if size > _WORD:
         raise Unsuitable(f"takes elements of at most {_WORD} bytes, and the dtype is {dtype}")
@@ -77,19 +93,26 @@ def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned
         raise Unsuitable(f"takes taps that are whole words apart, and has {g.dilation} in rows of {g.W}")
     if not aligned:
         raise Unsuitable(f"takes arrays that start at multiples of {VECTOR_BYTES} bytes")
-    choices = list(tiles(g, dtype, target))
-    if not choices:
-        raise Unsuitable(f"planes of {g.H} x {g.W}, dilated by {g.dilation}, do not fit registers and shared memory")
-    return tile_plan(g, dtype, target, min(choices, key=lambda tile: _cost(g, target, tile)), turned)
 
 
-def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
-    """The plan of dx as a convolution of dy."""
-    return forward(dense_dgrad_as_forward(g), dtype, target, aligned, turned=True)
+def per_word(dtype: str) -> int:
+    """Elements of a word, which are as many columns of a phase."""
+    return _WORD // DTYPES[dtype][1]
+
+
+def places_of(g: Conv2dGeometry, dtype: str) -> int:
+    """Words of a phase in a row. Of an odd number of halves it may begin a column before the row."""
+    return -(-(g.W + g.W % per_word(dtype)) // g.dilation[1])
+
+
+def plane_bytes_of(g: Conv2dGeometry, dtype: str, planes: int) -> int:
+    """Of shared memory, for each of so many planes: the lanes that have the same phase of them meet different banks."""
+    least = -(-(g.H * g.W * DTYPES[dtype][1] + VECTOR_BYTES) // VECTOR_BYTES) * VECTOR_BYTES
+    return least + (_BANKS_BYTES // planes - least) % _BANKS_BYTES if planes > 1 else least
 
 
 def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned: bool = False) -> Plan:
-    words = g.dilation[1] * DTYPES[dtype][1] // _WORD
+    words = g.dilation[1] // per_word(dtype)
     return Plan(
         source="depthwise_phases",
         defines=(
@@ -123,40 +146,39 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
     )
 
 
+def behind_bytes_of(g: Conv2dGeometry, dtype: str) -> int:
+    """That the last word of a row may lie behind it."""
+    return -(-g.dilation[1] * DTYPES[dtype][1] // VECTOR_BYTES) * VECTOR_BYTES
+
+
 def tiles(g: Conv2dGeometry, dtype: str, target: Target) -> Iterator[Tile]:
     """The tiles that fit the device's registers and shared memory."""
-    size = DTYPES[dtype][1]
-    per_word = _WORD // size
-    # Rows of an odd number of elements may begin a column early.
-    places = -(-(g.W + g.W % per_word) // g.dilation[1])
-    values = (g.R + 1) * places * per_word + g.R * g.S
-    if values > _MAX_VALUES or g.dilation[1] * size > _BEHIND:
+    places = places_of(g, dtype)
+    values = (g.R + 1) * places * per_word(dtype) + g.R * g.S
+    if values > _MAX_VALUES:
         return
-    items = min(g.dilation[0], g.H) * g.dilation[1] // per_word
-    budget = target.shared_per_block - SHARED_RESERVE
+    for planes, stages, threads in shapes(g, dtype):
+        plane_bytes = plane_bytes_of(g, dtype, planes)
+        turns, behind = -(-g.N // planes), behind_bytes_of(g, dtype)
+        for block_turns in sorted({t for t in (1, 2, 4, 8, turns) if stages <= t <= turns}):
+            tile = Tile(places, values, planes, stages, block_turns * planes, threads, plane_bytes, behind)
+            fits = tile.shared_bytes <= target.shared_per_block - SHARED_RESERVE
+            if fits and (stages > 1 or block_turns == 1) and -(-turns // block_turns) <= MAX_GRID[1]:
+                yield tile
+
+
+def shapes(g: Conv2dGeometry, dtype: str) -> Iterator[tuple[int, int, int]]:
+    """Planes at a time, stages, and threads of a block, which take one phase each or some in turn."""
+    items = g.dilation[0] * g.dilation[1] // per_word(dtype)
     for planes, stages in product(_PLANES, _STAGES):
-        if planes > g.N or planes * items > MAX_DIVIDEND:
-            continue
-        # Planes of neighbouring lanes lie in different banks.
-        least = -(-(g.H * g.W * size + VECTOR_BYTES) // VECTOR_BYTES) * VECTOR_BYTES
-        banks = 128 // planes % 128
-        plane_bytes = least + (banks - least) % 128 if planes > 1 else least
-        if stages * planes * plane_bytes + _BEHIND > budget:
-            continue
-        for threads in sorted({32 * max(planes, -(-planes * items // (32 * parts))) for parts in (1, 2, 3, 4)}):
-            if threads > _MAX_THREADS:
-                continue
-            turns = -(-g.N // planes)
-            for block_turns in sorted({t for t in (1, 2, 4, 8, turns) if t <= turns and t >= stages}):
-                if stages == 1 and block_turns > 1:
-                    continue
-                if -(-turns // block_turns) > MAX_GRID[1]:
-                    continue
-                yield Tile(places, values, planes, stages, block_turns * planes, threads, plane_bytes)
+        if planes <= g.N and planes * items <= MAX_DIVIDEND:
+            for threads in sorted({32 * max(planes, -(-planes * items // (32 * parts))) for parts in _PARTS}):
+                if threads <= _MAX_THREADS:
+                    yield planes, stages, threads
 
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     """What ranks tiles."""
     blocks = g.K * -(-g.N // tile.block_images)
     held = target.multiprocessors * tile.blocks(target)
-    return -(-blocks // held) * tile.block_images * tile.blocks(target) / tile.planes**0.5
+    return -(-blocks // held) * tile.block_images * tile.blocks(target) / math.sqrt(tile.planes)
