@@ -151,6 +151,14 @@ _PHASES = {
     "4x1_phases": ((23, 1, 15, 5), (1, 1, 4, 1), (1, 1), ((4, 2), (0, 0)), (2, 6)),
 }
 
+# What only planes unrolled altogether branch on: channels that fill no warp, planes below the kernel, padding on one
+# side alone, more images than a warp works on.
+_PLANES = {
+    "40_channels_of_7x6": ((21, 40, 7, 6), (40, 1, 5, 3), (1, 1), ((2, 2), (1, 1)), (1, 1)),
+    "planes_below_the_kernel": ((3, 72, 2, 3), (72, 1, 5, 7), (1, 1), ((1, 3), (4, 2)), (1, 1)),
+    "one_sided_planes": ((5, 8, 6, 9), (8, 1, 3, 4), (1, 1), ((2, 0), (0, 3)), (1, 1)),
+}
+
 
 def _geometries(table):
     return {
@@ -160,7 +168,7 @@ def _geometries(table):
 
 
 GEOMETRIES = _geometries(
-    EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES | _QUADS | _PHASES
+    EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES | _QUADS | _PHASES | _PLANES
 )
 # As rows of images they need more products than registers hold.
 _TOO_MANY_PRODUCTS = [
@@ -191,6 +199,7 @@ VARIANTS = (
     "channels_last_staged",
     "channels_last_mma",
     "channels_last_runs",
+    "channels_last_planes",
 )
 HALVES = ("float16", "bfloat16")
 
@@ -229,6 +238,12 @@ def suits(variant, direction, g, dtype):
         return not nchw and few_taps and takes
     if variant == "channels_last_runs":
         return not nchw and few_taps and dense and dtype != "float64" and not multiplied
+    if variant == "channels_last_planes":
+        # A plane is unrolled, and pixels are whole 16 bytes.
+        same = dense and not multiplied and (g.P, g.Q) == (g.H, g.W)
+        few = g.H * g.W * g.R * g.S <= 2100 and (g.R + 1) * g.W + g.R * g.S <= 104
+        whole = dtype != "float64" and g.C % (4 if dtype == "float32" else 8) == 0
+        return not nchw and same and few and whole
     if direction == "wgrad":
         words = dtype == "float32" or (dtype in HALVES and (g.C % 2 == 0 or g.dilation == (1, 1)))
         staged = not nchw and words and not multiplied
@@ -281,6 +296,7 @@ _MAIN_DTYPES = {
     "channels_last_staged": ("float16", "float32"),
     "channels_last_mma": ("float16",),
     "channels_last_runs": ("float16",),
+    "channels_last_planes": ("float16",),
 }
 _FEW = (
     "3x3_padded",
@@ -310,6 +326,7 @@ def cases(direction):
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
         of_variant = names[layout] | (_IMAGES if variant == "images" else {})
+        of_variant |= _QUADS | _PLANES if variant == "channels_last_planes" else {}
         of_variant |= _PHASES if variant == "phases" else {}
         of_variant |= _TENSOR_WGRAD if variant in ("diagonals", "pairs") else {}
         of_variant |= _QUADS if variant == "channels_last_mma" else {}

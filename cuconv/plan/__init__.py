@@ -17,6 +17,7 @@ from ..geometry import Conv2dGeometry, PointwiseGeometry
 from . import (
     channels_last,
     channels_last_mma,
+    channels_last_planes,
     channels_last_runs,
     channels_last_staged,
     direct,
@@ -68,6 +69,7 @@ _FORWARD = {
     "channels_last_runs": channels_last_runs.forward,
     "channels_last": channels_last.forward,
     "channels_last_mma": channels_last_mma.forward,
+    "channels_last_planes": channels_last_planes.forward,
     "toeplitz": toeplitz.forward,
     "images": images.forward,
     "tiles": tiles.forward,
@@ -80,6 +82,7 @@ _DGRAD = {
     "channels_last_runs": channels_last_runs.dgrad,
     "channels_last": channels_last.dgrad,
     "channels_last_mma": channels_last_mma.dgrad,
+    "channels_last_planes": channels_last_planes.dgrad,
     "toeplitz": toeplitz.dgrad,
     "images": images.dgrad,
     "tiles": tiles.dgrad,
@@ -94,6 +97,7 @@ _WGRAD = {
     "channels_last_runs": wgrad_channels_last_runs.channels_last_runs,
     "channels_last": wgrad_channels_last.channels_last,
     "channels_last_mma": wgrad_channels_last_mma.channels_last_mma,
+    "channels_last_planes": channels_last_planes.wgrad,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }

@@ -128,4 +128,10 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> Iterator
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     """What ranks tiles."""
     held = target.multiprocessors * tile.blocks(target)
-    return -(-g.K * tile.slabs // held) * _block_turns(g, tile) * tile.planes * tile.blocks(target) / math.sqrt(tile.planes)
+    return (
+        -(-g.K * tile.slabs // held)
+        * _block_turns(g, tile)
+        * tile.planes
+        * tile.blocks(target)
+        / math.sqrt(tile.planes)
+    )

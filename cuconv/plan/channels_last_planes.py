@@ -1,0 +1,187 @@
+"""Small planes of channels-last arrays, a lane's each, for compute capability 8.0 and newer: see
+cuda/depthwise_channels_last_planes.cu and cuda/depthwise_wgrad_channels_last_planes.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..geometry import Conv2dGeometry
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
+from .runs import dense_dgrad_as_forward
+from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
+
+_WARP = 32
+# Products of a plane, which are unrolled, and values that a lane holds.
+_MAX_PRODUCTS = 2100
+_MAX_VALUES = 104
+_WARPS = (1, 2, 3, 4, 6, 8)
+_STAGES = (1, 2, 3)
+_REGISTERS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a warp makes, one after the other: so many images of its channels. Of the gradient of weights a block makes
+    one of so many slabs of the batch."""
+
+    values: int
+    warps: int
+    stages: int
+    unit_images: int
+    slabs: int
+    stage_bytes: int  # of one warp
+    sums_bytes: int  # of the block, in the end
+
+    @property
+    def shared_bytes(self) -> int:
+        return max(self.warps * self.stages * self.stage_bytes, self.sums_bytes)
+
+    @property
+    def registers(self) -> int:
+        """That a thread needs, by a rough count."""
+        return min(255, -(-(30 + self.values) // 8) * 8)
+
+    def blocks(self, target: Target) -> int:
+        """That a multiprocessor holds at once."""
+        warps = _REGISTERS // (4 * 32 * self.registers) * 4
+        shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
+        return max(1, min(shared, warps // self.warps))
+
+
+def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
+    _require_small_planes(g, dtype, target, aligned)
+    choices = list(tiles(g, dtype, target))
+    if not choices:
+        raise Unsuitable(f"planes of {g.H} x {g.W} do not fit shared memory and one launch")
+    return tile_plan(g, dtype, target, min(choices, key=lambda tile: _cost(g, target, tile)), turned)
+
+
+def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
+    """The plan of dx as a convolution of dy."""
+    return forward(dense_dgrad_as_forward(g), dtype, target, aligned, turned=True)
+
+
+def wgrad(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
+    """Every element of x and dy is read once."""
+    _require_small_planes(g, dtype, target, aligned)
+    choices = list(wgrad_tiles(g, dtype, bias, target))
+    if not choices:
+        raise Unsuitable(f"planes of {g.H} x {g.W} do not fit shared memory and one launch")
+    return wgrad_tile_plan(g, dtype, bias, target, min(choices, key=lambda tile: _wgrad_cost(g, target, tile)))
+
+
+def _require_small_planes(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> None:
+    size = DTYPES[dtype][1]
+    if size > 4:
+        raise Unsuitable(f"takes elements of at most 4 bytes, and the dtype is {dtype}")
+    if not g.channels_last:
+        raise Unsuitable("takes channels-last arrays, and these are (N, C, H, W)")
+    if target.architecture < 80:
+        raise Unsuitable(f"needs compute capability 8.0, and the device has {target.architecture / 10}")
+    if g.multiplier > 1 or g.stride != (1, 1) or g.dilation != (1, 1) or (g.P, g.Q) != (g.H, g.W):
+        raise Unsuitable("takes stride, dilation and multiplier 1, and outputs as many as inputs")
+    if not aligned or g.C * size % VECTOR_BYTES:
+        raise Unsuitable(f"takes pixels that start at multiples of {VECTOR_BYTES} bytes, aligned")
+    values = (g.R + 1) * g.W + g.R * g.S
+    if g.H * g.W * g.R * g.S > _MAX_PRODUCTS or values > _MAX_VALUES:
+        raise Unsuitable(f"planes of {g.H} x {g.W} and {g.R} x {g.S} taps are more than is unrolled")
+
+
+def _defines(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> tuple[tuple[str, int | str], ...]:
+    return (
+        ("T", DTYPES[dtype][0]),
+        ("R", g.R),
+        ("S", g.S),
+        ("H", g.H),
+        ("W", g.W),
+        ("TOP", g.padding[0][0]),
+        ("LEFT", g.padding[1][0]),
+        ("THREADS", _WARP * tile.warps),
+        ("BLOCKS", tile.blocks(target)),
+        ("STAGES", tile.stages),
+    )
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned: bool = False) -> Plan:
+    groups = -(-g.C // _WARP)
+    units = groups * -(-g.N // tile.unit_images)
+    return Plan(
+        source="depthwise_channels_last_planes",
+        defines=(*_defines(g, dtype, target, tile), ("TURNED", int(turned))),
+        grid=(-(-units // tile.warps), 1, 1),
+        block=_WARP * tile.warps,
+        shared_bytes=tile.shared_bytes,
+        parameters=(("K", g.K), ("groups", groups), ("images", g.N), ("unit_images", tile.unit_images)),
+    )
+
+
+def tiles(g: Conv2dGeometry, dtype: str, target: Target) -> Iterator[Tile]:
+    """The tiles that fit the device's shared memory."""
+    values = (g.R + 1) * g.W + g.R * g.S
+    stage_bytes = g.H * g.W * _WARP * DTYPES[dtype][1]
+    groups = -(-g.C // _WARP)
+    for warps, stages, images in product(_WARPS, _STAGES, (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)):
+        tile = Tile(values, warps, stages, images, 1, stage_bytes, 0)
+        if stages > images or images > g.N or tile.shared_bytes > target.shared_per_block - SHARED_RESERVE:
+            continue
+        if groups * -(-g.N // images) < MAX_GRID[0]:
+            yield tile
+
+
+def wgrad_tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
+    """The plan of one choice of wgrad_tiles()."""
+    groups = -(-g.C // _WARP)
+    cluster = bool(clustered(tile.slabs, groups, target.multiprocessors * tile.blocks(target)))
+    single = tile.slabs == 1 or cluster
+    sums = Plan(
+        source="depthwise_wgrad_channels_last_planes",
+        defines=(
+            *_defines(g, dtype, target, tile),
+            ("BIAS", int(bias)),
+            ("FINAL", int(single)),
+            ("CLUSTER", tile.slabs if cluster else 1),
+        ),
+        grid=(tile.slabs, groups, 1),
+        block=_WARP * tile.warps,
+        shared_bytes=tile.shared_bytes,
+        parameters=(("K", g.K), ("images", g.N), ("block_images", -(-g.N // tile.slabs))),
+    )
+    return WgradPlan(sums, None, 0) if single else with_reduce(sums, tile.slabs, g, dtype, bias)
+
+
+def wgrad_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> Iterator[Tile]:
+    """The tiles that fit the device's shared memory."""
+    values = (g.R + 1) * g.W + g.R * g.S + bias
+    stage_bytes = 2 * g.H * g.W * _WARP * DTYPES[dtype][1]
+    groups = -(-g.C // _WARP)
+    if groups > MAX_GRID[1]:
+        return
+    for warps, stages in product(_WARPS, _STAGES):
+        sums_bytes = 4 * _WARP * (g.R * g.S + bias) * (warps + 1)
+        tile = Tile(values, warps, stages, 1, 1, stage_bytes, sums_bytes)
+        if tile.shared_bytes > target.shared_per_block - SHARED_RESERVE:
+            continue
+        held = target.multiprocessors * tile.blocks(target)
+        # One slab, or a cluster of them, or as many as fill the device once or twice.
+        choices = {1, int(slabs_of_cluster(groups, held)), held // groups, 2 * held // groups}
+        for choice in sorted({max(1, min(choice, g.N)) for choice in choices}):
+            block_images = -(-g.N // choice)
+            slabs, images = -(-g.N // block_images), -(-block_images // warps)
+            if stages <= images:
+                yield replace(tile, slabs=slabs, unit_images=images)
+
+
+def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
+    """What ranks tiles."""
+    units = -(-g.C // _WARP) * -(-g.N // tile.unit_images)
+    held = target.multiprocessors * tile.blocks(target) * tile.warps
+    return -(-units // held) * tile.unit_images * tile.blocks(target) * tile.warps
+
+
+def _wgrad_cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
+    """What ranks tiles."""
+    units = -(-g.C // _WARP) * tile.slabs * tile.warps
+    held = target.multiprocessors * tile.blocks(target) * tile.warps
+    return -(-units // held) * tile.unit_images * tile.blocks(target) * tile.warps
