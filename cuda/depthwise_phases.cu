@@ -9,9 +9,8 @@
 //
 // Compile-time values: T; R, S; TURNED (the kernel, both ways); BEFORE_H, BEFORE_W (the padding above and left of x, in
 // dilations); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); PLANES (at a time);
-// STAGES (of so many planes: those that are on their way or worked on); PLACES (words of a phase in a row).
+// STAGES (of so many planes: those that are on their way or worked on); DILATION_W; PLACES (words of a phase in a row).
 #include "phases.cuh"
-#include "runs.cuh"
 
 using T = CUCONV_T;
 using Sum = Accumulator<T>;
@@ -26,9 +25,12 @@ constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kPlanes = CUCONV_PLANES;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kPlaces = CUCONV_PLACES;
+constexpr int kDilation = CUCONV_DILATION_W;
 
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kColumns = kPlaces * kPerWord<T>;
+// Words of a row that begin phases.
+constexpr int kWords = kDilation / kPerWord<T>;
 // Rows of a phase from an output to the last row of x that it needs.
 constexpr int kAfterH = kR - 1 - kBeforeH;
 
@@ -38,9 +40,7 @@ static_assert(kBeforeH < kR && kBeforeW < kS, "the first tap of the last output 
 
 struct Parameters {
   int K, H, W;
-  int dilation_h, dilation_w;
-  int words;                 // of a row that begin phases: dilation_w elements
-  uint32 words_magic;        // see divide
+  int dilation_h;
   int images;
   int block_images;
   int plane_bytes;           // of shared memory
@@ -104,23 +104,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   const Sum start = bias == nullptr ? Sum(0) : widen(bias[channel]);
 
-  const int items = kPlanes * g.dilation_h * g.words;
+  const uint32 start_of_block = static_cast<uint32>(first);
+  const int items = kPlanes * g.dilation_h * kWords;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     ptx::barrier_wait(&full[turn % kStages], turn / kStages % 2);
 #pragma unroll 1
     for (int item = thread; item < items; item += kThreads) {
       const int plane = item % kPlanes;
-      const int first_row = divide(item / kPlanes, g.words_magic);
+      const int first_row = item / kPlanes / kWords;
       if (plane >= planes_of(turn) || first_row >= g.H) continue;
-      T* const plane_start = run_in_shared(y + first + (turn * kPlanes + plane) * image_size, buffer_of(turn, plane));
-      int column = (item / kPlanes - first_row * g.words) * kPerWord<T>;
-      T* source = plane_start + first_row * g.W + column;
-      const int beyond = into_word(source);
-      source -= beyond;
-      column -= beyond;
-      Phase<T, kPlaces> phase;
-      phase.place(column, g.dilation_w, g.W);
+      const uint32 start_of_plane = start_of_block + (turn * kPlanes + plane) * static_cast<uint32>(image_size);
+      const int place = first_row * g.W;
+      const int column = (item / kPlanes - first_row * kWords) * kPerWord<T> - into_word<T>(start_of_plane + place);
+      T* source = plane_in_shared<T>(buffer_of(turn, plane), start_of_plane) + place + column;
+      const Phase<T, kPlaces, kDilation> phase(column, g.W);
 
       // sum[k] is of the output that row k - kAfterH from here is, in dilations.
       Sum sum[kR][kColumns];
@@ -132,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       T* result = source - kAfterH * step;
       int p = first_row - kAfterH * g.dilation_h;
 
-      // The first sums are complete, and the others one row nearer to it.
+      // The first sums are complete.
       const auto finish_row = [&] {
         // A tap in the padding adds a zero, unless its weight is infinite or NaN.
         if (!finite) {
@@ -144,7 +142,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
             });
           }
         }
-        if (p >= 0) phase.store(result, g.dilation_w, sum[0]);
+        phase.store(result, sum[0]);
+      };
+      // The others are one row nearer to it.
+      const auto advance = [&] {
 #pragma unroll
         for (int k = 0; k + 1 < kR; ++k)
 #pragma unroll
@@ -158,17 +159,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll 1
       for (int row = first_row; row < g.H; row += g.dilation_h) {
         Sum value[kColumns];
-        phase.load(source, g.dilation_w, value);
+        phase.load(source, value);
         source += step;
-#pragma unroll
-        for (int k = 0; k < kR; ++k)
+        const auto add_row = [&](int k) {
           for_columns([&](int v, int s, int j) {
             if (exists(j)) sum[k][v] = fma(value[j], weight[kR - 1 - k][s], sum[k][v]);
           });
-        finish_row();
+        };
+        // Above the plane there is no output.
+        if (kAfterH == 0 || p >= 0) {
+          add_row(0);
+          finish_row();
+        }
+#pragma unroll
+        for (int k = 1; k < kR; ++k) add_row(k);
+        advance();
       }
 #pragma unroll
-      for (int k = 0; k < kAfterH; ++k) finish_row();
+      for (int k = 0; k < kAfterH; ++k) {
+        if (p >= 0) finish_row();
+        advance();
+      }
     }
 
     ptx::fence_shared_for_bulk();

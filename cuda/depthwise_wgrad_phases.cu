@@ -6,15 +6,13 @@
 // to meet in the registers of one thread, which keeps R x S sums through all rows, phases and images. Threads, and slabs,
 // are added in a fixed order.
 //
-// Zeros stand for what does not exist of x and dy, and products with the padding on the left and right are passed over:
-// whatever is not finite makes sums that are not finite, and where there is one the block does it over, plainly.
+// Zeros stand for columns of x and dy that do not exist, and most products with the padding are passed over: whatever is not finite makes sums that are not finite, and where there is one the block does it over, plainly.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is summed too); FINAL (there is no need for another launch); CLUSTER
 // (see slabs.cuh); BEFORE_H, BEFORE_W (the padding above and left of x, in dilations); THREADS; BLOCKS (that a
 // multiprocessor is to hold, which bounds the registers); PLANES (at a time); STAGES (of so many planes: those that are
-// on their way or worked on); PLACES (words of a phase in a row).
+// on their way or worked on); DILATION_W; PLACES (words of a phase in a row).
 #include "phases.cuh"
-#include "runs.cuh"
 #include "slabs.cuh"
 #include "wgrad_plainly.cuh"
 
@@ -31,11 +29,14 @@ constexpr int kBlocks = CUCONV_BLOCKS;
 constexpr int kPlanes = CUCONV_PLANES;
 constexpr int kStages = CUCONV_STAGES;
 constexpr int kPlaces = CUCONV_PLACES;
+constexpr int kDilation = CUCONV_DILATION_W;
 
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTaps = kR * kS;
 constexpr int kEntries = kTaps + kBias;
 constexpr int kColumns = kPlaces * kPerWord<T>;
+// Words of a row that begin phases.
+constexpr int kWords = kDilation / kPerWord<T>;
 // Rows of a phase from one of dy to the last row of x that it meets.
 constexpr int kAfterH = kR - 1 - kBeforeH;
 
@@ -48,8 +49,6 @@ struct Parameters {
   int top, left;  // padding
   int stride_h, stride_w;  // 1
   int dilation_h, dilation_w;
-  int words;               // of a row that begin phases: dilation_w elements
-  uint32 words_magic;      // see divide
   int images;
   int block_images;        // of a slab
   int plane_bytes;         // of shared memory
@@ -99,64 +98,56 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
 
   float sum[kR][kS] = {};
   float bias_sum = 0;
-  const int items = kPlanes * g.dilation_h * g.words;
+  const int items = kPlanes * g.dilation_h * kWords;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     ptx::barrier_wait(&full[turn % kStages], turn / kStages % 2);
 #pragma unroll 1
     for (int item = thread; item < items; item += kThreads) {
       const int plane = item % kPlanes;
-      const int first_row = divide(item / kPlanes, g.words_magic);
+      const int first_row = item / kPlanes / kWords;
       if (plane >= planes_of(turn) || first_row >= g.H) continue;
-      const int64 start = first + (turn * kPlanes + plane) * image_size;
-      int column = (item / kPlanes - first_row * g.words) * kPerWord<T>;
-      const int place = first_row * g.W + column;
-      const T* x_row = run_in_shared(x + start, buffer_of(turn, plane)) + place;
-      const T* dy_row = run_in_shared(dy + start, buffer_of(turn, kPlanes + plane)) + place;
-      const int beyond = into_word(x_row);
-      x_row -= beyond;
-      dy_row -= beyond;
-      column -= beyond;
-      Phase<T, kPlaces> phase;
-      phase.place(column, g.dilation_w, g.W);
+      const uint32 start = static_cast<uint32>(first) + (turn * kPlanes + plane) * static_cast<uint32>(image_size);
+      const int place = first_row * g.W;
+      const int column = (item / kPlanes - first_row * kWords) * kPerWord<T> - into_word<T>(start + place);
+      const T* x_row = plane_in_shared<T>(buffer_of(turn, plane), start) + place + column;
+      const T* dy_row = plane_in_shared<T>(buffer_of(turn, kPlanes + plane), start) + place + column;
+      const Phase<T, kPlaces, kDilation> phase(column, g.W);
 
-      // Row t of the phase is value[t % kR]; those above it are padding.
-      float value[kR][kColumns] = {};
+      // Row t of the phase is value[t % kR].
+      float value[kR][kColumns];
       const int step = g.dilation_h * g.W;
       int row = first_row;
-      const auto load_row = [&](float (&of_row)[kColumns], int h) {
-        if (h < g.H) {
-          phase.load(x_row, g.dilation_w, of_row);
-        } else {
 #pragma unroll
-          for (int v = 0; v < kColumns; ++v) of_row[v] = 0;
-        }
-        x_row += step;
-      };
-#pragma unroll
-      for (int t = 0; t < kAfterH; ++t) load_row(value[t], row + t * g.dilation_h);
+      for (int t = 0; t < kAfterH; ++t, x_row += step)
+        if (row + t * g.dilation_h < g.H) phase.load(x_row, value[t]);
 #pragma unroll 1
       while (row < g.H) {
 #pragma unroll
         for (int t = 0; t < kR; ++t) {
           if (row >= g.H) break;
-          load_row(value[(t + kAfterH) % kR], row + kAfterH * g.dilation_h);
+          if (row + kAfterH * g.dilation_h < g.H) phase.load(x_row, value[(t + kAfterH) % kR]);
+          x_row += step;
           float gradient[kColumns];
-          phase.load(dy_row, g.dilation_w, gradient);
+          phase.load(dy_row, gradient);
           dy_row += step;
-          row += g.dilation_h;
 #pragma unroll
-          for (int v = 0; v < kColumns; ++v) {
+          for (int r = 0; r < kR; ++r) {
+            // Rows in the padding are passed over.
+            if (r != kBeforeH && !within(row + (r - kBeforeH) * g.dilation_h, g.H)) continue;
 #pragma unroll
-            for (int r = 0; r < kR; ++r)
+            for (int v = 0; v < kColumns; ++v)
 #pragma unroll
               for (int s = 0; s < kS; ++s) {
                 const int j = v + (s - kBeforeW) * kPerWord<T>;
                 if (j < 0 || j >= kColumns) continue;
                 sum[r][s] = fma(value[(t + r + kR - kBeforeH) % kR][j], gradient[v], sum[r][s]);
               }
-            if (kBias) bias_sum += gradient[v];
           }
+          if (kBias)
+#pragma unroll
+            for (int v = 0; v < kColumns; ++v) bias_sum += gradient[v];
+          row += g.dilation_h;
         }
       }
     }

@@ -7,35 +7,36 @@
 // column before the row.
 #pragma once
 #include "patches.cuh"
+#include "runs.cuh"
 
 // Elements of a word.
 template <class T>
 constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
 
-// Where a thread's words are in a row, and which of their elements are the row's: of all but the first and the last all.
-template <class T, int kPlaces>
+// Where a thread's words are in a row, kDilation elements apart, and which of their elements are the row's: of all but
+// the first and the last word all.
+template <class T, int kPlaces, int kDilation>
 struct Phase {
   static constexpr int kPer = kPerWord<T>;
   static constexpr int kColumns = kPlaces * kPer;
+  static constexpr uint32 kWhole = 0xffffffff, kLower = 0x0000ffff, kUpper = 0xffff0000;
 
   uint32 first_mask, last_mask;
 
   // `column` is the first word's first one.
-  __device__ __forceinline__ void place(int column, int dilation, int W) {
-    first_mask = mask_of_columns<T>(column, W);
-    last_mask = mask_of_columns<T>(column + (kPlaces - 1) * dilation, W);
-  }
+  __device__ __forceinline__ Phase(int column, int W)
+      : first_mask(mask_of_columns<T>(column, W)),
+        last_mask(mask_of_columns<T>(column + (kPlaces - 1) * kDilation, W)) {}
 
-  __device__ __forceinline__ uint32 mask(int place) const {
-    return place == 0 ? first_mask : place == kPlaces - 1 ? last_mask : 0xffffffffu;
-  }
+  static __device__ constexpr bool at_edge(int place) { return place == 0 || place == kPlaces - 1; }
+  __device__ __forceinline__ uint32 mask(int place) const { return place == 0 ? first_mask : last_mask; }
 
   // A row's elements, and zeros for those that do not exist, from the word of `source` on.
-  __device__ __forceinline__ void load(const T* source, int dilation, Accumulator<T> (&value)[kColumns]) const {
+  __device__ __forceinline__ void load(const T* source, float (&value)[kColumns]) const {
 #pragma unroll
     for (int j = 0; j < kPlaces; ++j) {
-      uint32 word = *reinterpret_cast<const uint32*>(source + j * dilation);
-      if (j == 0 || j == kPlaces - 1) word &= mask(j);
+      uint32 word = *reinterpret_cast<const uint32*>(source + j * kDilation);
+      if (at_edge(j)) word &= mask(j);
       if constexpr (kPer == 2) {
         widen_pair(T{}, word, value[2 * j], value[2 * j + 1]);
       } else {
@@ -45,29 +46,36 @@ struct Phase {
   }
 
   // The same way back.
-  __device__ __forceinline__ void store(T* destination, int dilation, const Accumulator<T> (&value)[kColumns]) const {
+  __device__ __forceinline__ void store(T* destination, const float (&value)[kColumns]) const {
 #pragma unroll
     for (int j = 0; j < kPlaces; ++j) {
-      T* const place = destination + j * dilation;
+      T* const place = destination + j * kDilation;
       uint32 word;
       if constexpr (kPer == 2) {
         word = narrow_pair(T{}, value[2 * j], value[2 * j + 1]);
       } else {
         word = __float_as_uint(value[j]);
       }
-      if ((j > 0 && j < kPlaces - 1) || mask(j) == 0xffffffffu) {
-        *reinterpret_cast<uint32*>(place) = word;
-      } else if constexpr (kPer == 2) {
+      if (!at_edge(j) || mask(j) == kWhole) *reinterpret_cast<uint32*>(place) = word;
+      if constexpr (kPer == 2) {
         uint16* const half = reinterpret_cast<uint16*>(place);
-        if (mask(j) == 0x0000ffffu) half[0] = static_cast<uint16>(word);
-        if (mask(j) == 0xffff0000u) half[1] = static_cast<uint16>(word >> 16);
+        // The first word may begin before the row, and the last end behind it.
+        if (j == kPlaces - 1 && mask(j) == kLower) half[0] = static_cast<uint16>(word);
+        if (j == 0 && mask(j) == kUpper) half[1] = static_cast<uint16>(word >> 16);
       }
     }
   }
 };
 
+// Where the copy of a plane is in a shared buffer (see run_in_shared) that starts so many elements behind the beginning
+// of an array, which lies at a multiple of kBulkAlignment.
+template <class T>
+__device__ __forceinline__ T* plane_in_shared(unsigned char* buffer, uint32 elements) {
+  return reinterpret_cast<T*>(buffer) + elements % (kBulkAlignment / sizeof(T));
+}
+
 // The elements before a multiple of a word.
 template <class T>
-__device__ __forceinline__ int into_word(const T* address) {
-  return static_cast<int>(reinterpret_cast<uint64>(address) / sizeof(T) % kPerWord<T>);
+__device__ __forceinline__ int into_word(uint32 elements) {
+  return static_cast<int>(elements % kPerWord<T>);
 }

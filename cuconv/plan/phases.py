@@ -17,7 +17,6 @@ from .base import (
     Plan,
     Target,
     Unsuitable,
-    magic,
     require_nchw,
 )
 from .runs import dense_dgrad_as_forward
@@ -112,7 +111,6 @@ def plane_bytes_of(g: Conv2dGeometry, dtype: str, planes: int) -> int:
 
 
 def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned: bool = False) -> Plan:
-    words = g.dilation[1] // per_word(dtype)
     return Plan(
         source="depthwise_phases",
         defines=(
@@ -126,6 +124,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
             ("BLOCKS", tile.blocks(target)),
             ("PLANES", tile.planes),
             ("STAGES", tile.stages),
+            ("DILATION_W", g.dilation[1]),
             ("PLACES", tile.places),
         ),
         grid=(g.K, -(-g.N // tile.block_images), 1),
@@ -136,9 +135,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile, turned:
             ("H", g.H),
             ("W", g.W),
             ("dilation_h", g.dilation[0]),
-            ("dilation_w", g.dilation[1]),
-            ("words", words),
-            ("words_magic", magic(words)),
             ("images", g.N),
             ("block_images", tile.block_images),
             ("plane_bytes", tile.plane_bytes),

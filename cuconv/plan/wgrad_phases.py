@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..geometry import Conv2dGeometry
-from .base import DTYPES, MAX_GRID, SHARED_RESERVE, Plan, Target, Unsuitable, magic, plane_parameters
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, Plan, Target, Unsuitable, plane_parameters
 from .phases import behind_bytes_of, per_word, places_of, plane_bytes_of, require_phases, shapes
 from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
 
@@ -61,7 +61,6 @@ def phases(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: b
 
 def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
     """The plan of one choice of tiles()."""
-    words = g.dilation[1] // per_word(dtype)
     cluster = tile.clustered(g, target)
     single = tile.slabs == 1 or cluster
     sums = Plan(
@@ -79,6 +78,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("BLOCKS", tile.blocks(target)),
             ("PLANES", tile.planes),
             ("STAGES", tile.stages),
+            ("DILATION_W", g.dilation[1]),
             ("PLACES", tile.places),
         ),
         grid=(tile.slabs, g.K, 1),
@@ -89,8 +89,6 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: T
             ("R", g.R),
             ("S", g.S),
             *plane_parameters(g),
-            ("words", words),
-            ("words_magic", magic(words)),
             ("images", g.N),
             ("block_images", _block_turns(g, tile) * tile.planes),
             ("plane_bytes", tile.plane_bytes),
