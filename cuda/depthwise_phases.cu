@@ -35,7 +35,6 @@ constexpr int kWords = kDilation / kPerWord<T>;
 constexpr int kAfterH = kR - 1 - kBeforeH;
 
 static_assert(sizeof(T) <= 4, "a word has an element or two");
-static_assert(kPlanes <= kWarps, "every plane has a warp that brings it and takes it back");
 static_assert(kBeforeH < kR && kBeforeW < kS, "the first tap of the last output is within x");
 
 struct Parameters {
@@ -75,15 +74,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const auto buffer_of = [&](int turn, int plane) { return shared + (turn % kStages * kPlanes + plane) * g.plane_bytes; };
   const auto planes_of = [&](int turn) { return min(kPlanes, images - turn * kPlanes); };
-  // By one warp a plane.
+  // A plane by a warp.
   const auto load = [&](int turn) {
-    if (warp >= kPlanes) return;
     uint64* const barrier = &full[turn % kStages];
-    if (warp < planes_of(turn)) {
-      const T* const start = x + first + (turn * kPlanes + warp) * image_size;
-      load_run(Run<const T>(start, plane_size, run_in_shared(start, buffer_of(turn, warp)), x, x_end), barrier, lane);
-    } else {
-      ptx::barrier_arrive(barrier);
+    for (int plane = warp; plane < kPlanes; plane += kWarps) {
+      if (plane < planes_of(turn)) {
+        const T* const start = x + first + (turn * kPlanes + plane) * image_size;
+        T* const copy = run_in_shared(start, buffer_of(turn, plane));
+        load_run(Run<const T>(start, plane_size, copy, x, x_end), barrier, lane);
+      } else {
+        ptx::barrier_arrive(barrier);
+      }
     }
   };
 
@@ -184,15 +185,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
     ptx::fence_shared_for_bulk();
     __syncthreads();
-    if (warp < planes_of(turn)) {
-      T* const run = y + first + (turn * kPlanes + warp) * image_size;
-      store_run(Run<T>(run, plane_size, buffer_of(turn, warp)), lane);
-    }
     // What the turn before has left is long read, and its memory is free for a turn to come. One stage has but one turn.
     if (kStages > 1 && turn > 0 && turn - 1 + kStages < turns) {
-      if (lane == 0) ptx::bulk_store_wait_read<1>();
+      if (lane == 0) ptx::bulk_store_wait_read<0>();
       __syncwarp();
       load(turn - 1 + kStages);
+    }
+    for (int plane = warp; plane < planes_of(turn); plane += kWarps) {
+      T* const run = y + first + (turn * kPlanes + plane) * image_size;
+      store_run(Run<T>(run, plane_size, buffer_of(turn, plane)), lane);
     }
   }
   if (lane == 0) ptx::bulk_store_wait_read<0>();

@@ -41,7 +41,6 @@ constexpr int kWords = kDilation / kPerWord<T>;
 constexpr int kAfterH = kR - 1 - kBeforeH;
 
 static_assert(sizeof(T) <= 4, "a word has an element or two");
-static_assert(kPlanes <= kWarps, "every plane has a warp that brings it");
 
 struct Parameters {
   int K, R, S;
@@ -76,19 +75,22 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     return shared + (turn % kStages * 2 * kPlanes + plane) * g.plane_bytes;
   };
   const auto planes_of = [&](int turn) { return min(kPlanes, images - turn * kPlanes); };
-  // x and, behind it, dy; a plane by a warp.
+  // x and, behind them all, dy; a plane by a warp.
   const auto load = [&](int turn) {
-    if (warp >= kPlanes || lane > 0) return;
     uint64* const barrier = &full[turn % kStages];
-    if (warp >= planes_of(turn)) {
-      ptx::barrier_arrive(barrier);
-      ptx::barrier_arrive(barrier);
-      return;
+    if (lane > 0) return;
+    for (int plane = warp; plane < kPlanes; plane += kWarps) {
+      if (plane >= planes_of(turn)) {
+        ptx::barrier_arrive(barrier);
+        ptx::barrier_arrive(barrier);
+        continue;
+      }
+      const int64 start = first + (turn * kPlanes + plane) * image_size;
+      const T* const x_run = x + start;
+      const T* const dy_run = dy + start;
+      load_run_alone(x_run, plane_size, run_in_shared(x_run, buffer_of(turn, plane)), x, x + size, barrier);
+      load_run_alone(dy_run, plane_size, run_in_shared(dy_run, buffer_of(turn, kPlanes + plane)), dy, dy + size, barrier);
     }
-    const int64 start = first + (turn * kPlanes + warp) * image_size;
-    load_run_alone(x + start, plane_size, run_in_shared(x + start, buffer_of(turn, warp)), x, x + size, barrier);
-    load_run_alone(dy + start, plane_size, run_in_shared(dy + start, buffer_of(turn, kPlanes + warp)), dy, dy + size,
-                   barrier);
   };
 
   if (thread == 0)

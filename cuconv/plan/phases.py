@@ -24,7 +24,7 @@ from .runs import dense_dgrad_as_forward
 _WORD = 4
 # Values that a thread may hold: sums, a row, weights.
 _MAX_VALUES = 104
-_PLANES = (1, 2, 4)
+_PLANES = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4)
 _MAX_THREADS = 512
 # Phases of a thread, one after the other.
@@ -168,7 +168,7 @@ def shapes(g: Conv2dGeometry, dtype: str) -> Iterator[tuple[int, int, int]]:
     items = g.dilation[0] * g.dilation[1] // per_word(dtype)
     for planes, stages in product(_PLANES, _STAGES):
         if planes <= g.N and planes * items <= MAX_DIVIDEND:
-            for threads in sorted({32 * max(planes, -(-planes * items // (32 * parts))) for parts in _PARTS}):
+            for threads in sorted({32 * -(-planes * items // (32 * parts)) for parts in _PARTS}):
                 if threads <= _MAX_THREADS:
                     yield planes, stages, threads
 
