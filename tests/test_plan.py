@@ -811,7 +811,7 @@ def test_the_number_of_variants_of_phases_and_small_planes_is_bounded():
     assert seen.pop("THREADS") <= set(range(32, phases._MAX_THREADS + 1, 32))
     assert seen.pop("BLOCKS") <= set(range(1, 33))
     assert seen.pop("PLANES") <= set(phases._PLANES)
-    assert seen.pop("STAGES") <= {*phases._STAGES, *channels_last_planes._STAGES}
+    assert seen.pop("STAGES") <= {*phases._STAGES, *channels_last_planes._WGRAD_STAGES}
     assert seen.pop("CLUSTER") <= set(range(1, wgrad.MOST_OF_CLUSTER + 1))
     assert all(len(values) <= 2 for values in seen.values()), seen
 

@@ -24,7 +24,7 @@ from .runs import dense_dgrad_as_forward
 _WORD = 4
 # Values that a thread may hold: sums, a row, weights.
 _MAX_VALUES = 104
-_PLANES = (1, 2, 4, 8, 16)
+_PLANES = (1, 2, 4, 8)
 _STAGES = (1, 2, 4)
 _MAX_THREADS = 512
 # Phases of a thread, one after the other.
