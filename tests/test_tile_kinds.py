@@ -298,7 +298,7 @@ def test_channels_last_planes_of_wgrad(device, rng, dtype):
     """Likewise, and slabs by themselves and in clusters."""
     g = depthwise_geometry((11, 72, 5, 6), (72, 1, 4, 3), padding=((1, 2), (2, 0)), channels_last=True)
     dy, x = random_dy(rng, g, dtype), oracle.random_arrays(rng, g.x_shape, g.w_shape, dtype)[0]
-    target = replace(device.target, multiprocessors=3)
+    target = replace(device.target, multiprocessors=10)
 
     def plan_of(tile):
         return channels_last_planes.wgrad_tile_plan(g, dtype, True, target, tile)

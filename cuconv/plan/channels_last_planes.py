@@ -4,21 +4,24 @@ cuda/depthwise_channels_last_planes.cu and cuda/depthwise_wgrad_channels_last_pl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from ..geometry import Conv2dGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
 from .runs import dense_dgrad_as_forward
-from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
+from .wgrad import MOST_OF_CLUSTER, WgradPlan, clustered, with_reduce
 
 _WARP = 32
 # Products of a plane, which are unrolled, and values that a lane holds.
 _MAX_PRODUCTS = 2100
 _MAX_VALUES = 104
-_WARPS, _WGRAD_WARPS = (1, 2, 3, 4, 6, 8), (2, 3, 4, 5, 6, 7, 8, 10, 12)
-_STAGES, _WGRAD_STAGES = (1, 2), (1, 2, 3)
-_REGISTERS = 65536
+_WARPS = (1, 2, 3, 4, 6, 8)
+# Of a block that sums: a multiprocessor has four schedulers, and with 5 or 7 warps some of them have more to do.
+_WGRAD_WARPS = (8, 4, 2, 1)
+_STAGES = (2, 1)
+# Blocks and registers of a multiprocessor.
+_MAX_BLOCKS, _REGISTERS = 32, 65536
 # Of an H200, in a microsecond: clocks, and bytes to or from memory.
 _CLOCKS, _BYTES = 1755, 4.2e6
 
@@ -49,7 +52,7 @@ class Tile:
         """That a multiprocessor holds at once."""
         warps = _REGISTERS // (4 * 32 * self.registers) * 4
         shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
-        return max(1, min(shared, warps // self.warps))
+        return max(1, min(_MAX_BLOCKS, shared, warps // self.warps))
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:
@@ -68,10 +71,27 @@ def dgrad(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
 def wgrad(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
     """Every element of x and dy is read once."""
     _require_small_planes(g, dtype, target, aligned)
-    choices = list(wgrad_tiles(g, dtype, bias, target))
-    if not choices:
+    tile = next(wgrad_tiles(g, dtype, bias, target), None)
+    if tile is None:
         raise Unsuitable(f"planes of {g.H} x {g.W} do not fit shared memory and one launch")
-    return wgrad_tile_plan(g, dtype, bias, target, min(choices, key=lambda tile: _wgrad_cost(g, target, tile)))
+    return wgrad_tile_plan(g, dtype, bias, target, tile)
+
+
+def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
+    """Where this takes less time than depthwise_channels_last_staged and depthwise_channels_last_mma.
+
+    On an H200, percent of the memory floor by this and by the better of the others, in bfloat16: 5x5 on 128 planes of
+    7x7 52 and 45, on 32 of them 30 and 20, on 8x8 42 and 39; 3x3 on 7x7 64 and 64, with 8 images 12 and 10, on 10x10 46
+    and 46; in float32 5x5 on 7x7 76 and 72, 3x3 82 and 78.
+    """
+    return g.channels_last and g.H * g.W <= 64 and g.N >= 8
+
+
+def beats_others_of_wgrad(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
+    """Likewise: 5x5 on 7x7 50 and 33, on 32 planes 22 and 17, on 8x8 39 and 30; 3x3 on 7x7 57 and 46, with 8 images 12
+    and 9, on 10x10 37 and 31; in float32 5x5 on 7x7 72 and 62, 3x3 77 and 65.
+    """
+    return g.channels_last and g.H * g.W <= 100 and g.N >= 8
 
 
 def _require_small_planes(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> None:
@@ -154,25 +174,30 @@ def wgrad_tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, t
 
 
 def wgrad_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> Iterator[Tile]:
-    """The tiles that fit the device's shared memory."""
-    values = (g.R + 1) * g.W + g.R * g.S + bias
-    stage_bytes = 2 * g.H * g.W * _WARP * DTYPES[dtype][1]
+    """The tiles that fit the device's shared memory; measured tiles are of these, and the plan's is the first."""
     groups = -(-g.C // _WARP)
-    if groups > MAX_GRID[1]:
-        return
-    for warps, stages in product(_WGRAD_WARPS, _WGRAD_STAGES):
-        sums_bytes = 4 * _WARP * (g.R * g.S + bias) * (warps + 1)
-        tile = Tile(values, warps, stages, 1, 1, stage_bytes, sums_bytes)
-        if tile.shared_bytes > target.shared_per_block - SHARED_RESERVE:
-            continue
-        held = target.multiprocessors * tile.blocks(target)
-        # One slab, or a cluster of them, or as many as fill the device.
-        choices = {*range(1, int(slabs_of_cluster(groups, held)) + 1), held // groups}
-        for choice in sorted({max(1, min(choice, g.N)) for choice in choices}):
-            block_images = -(-g.N // choice)
-            slabs, images = -(-g.N // block_images), -(-block_images // warps)
-            if stages <= images:
-                yield replace(tile, slabs=slabs, unit_images=images)
+    budget = target.shared_per_block - SHARED_RESERVE
+    # A slab, or a cluster of them, that leaves a part of the device free: clusters of one block for almost every
+    # multiprocessor find no room for some, and eff5_7 and mbv1_7 took 15 % longer.
+    most = max(1, min(MOST_OF_CLUSTER, int(0.85 * target.multiprocessors) // groups, g.N // _WGRAD_WARPS[0]))
+    for slabs, warps, stages in product(dict.fromkeys((most, *range(1, MOST_OF_CLUSTER + 1))), _WGRAD_WARPS, _STAGES):
+        tile = _wgrad_tile(g, dtype, bias, warps, stages, slabs)
+        if tile.shared_bytes <= budget and stages <= tile.unit_images and groups <= MAX_GRID[1] and slabs <= g.N:
+            yield tile
+
+
+def _wgrad_tile(g: Conv2dGeometry, dtype: str, bias: bool, warps: int, stages: int, slabs: int) -> Tile:
+    block_images = -(-g.N // slabs)
+    warps = min(warps, block_images)
+    return Tile(
+        values=(g.R + 1) * g.W + g.R * g.S + bias,
+        warps=warps,
+        stages=stages,
+        unit_images=-(-block_images // warps),
+        slabs=-(-g.N // block_images),
+        stage_bytes=2 * g.H * g.W * _WARP * DTYPES[dtype][1],
+        sums_bytes=4 * _WARP * (g.R * g.S + bias) * (warps + 1),
+    )
 
 
 def _cost(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> float:
@@ -204,10 +229,3 @@ def _products(g: Conv2dGeometry) -> int:
         for extent, taps, before in ((g.H, g.R, g.padding[0][0]), (g.W, g.S, g.padding[1][0]))
     ]
     return met[0] * met[1]
-
-
-def _wgrad_cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
-    """What ranks tiles."""
-    units = -(-g.C // _WARP) * tile.slabs * tile.warps
-    held = target.multiprocessors * tile.blocks(target) * tile.warps
-    return -(-units // held) * tile.unit_images * tile.blocks(target) * tile.warps

@@ -29,7 +29,8 @@ _STAGES = (1, 2, 4)
 _MAX_THREADS = 512
 # Phases of a thread, one after the other.
 _PARTS = (1, 2, 3, 4)
-_REGISTERS = 65536
+# Blocks and registers of a multiprocessor.
+_MAX_BLOCKS, _REGISTERS = 32, 65536
 # The banks of shared memory, all of them.
 _BANKS_BYTES = 128
 
@@ -60,7 +61,7 @@ class Tile:
         """That a multiprocessor holds at once."""
         warps = _REGISTERS // (4 * 32 * self.registers) * 4
         shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
-        return max(1, min(shared, 32 * warps // self.threads))
+        return max(1, min(_MAX_BLOCKS, shared, 32 * warps // self.threads))
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool, turned: bool = False) -> Plan:

@@ -14,7 +14,8 @@ from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
 
 # Values that a thread may hold: rows of x, one of dy, sums.
 _MAX_VALUES = 104
-_REGISTERS = 65536
+# Blocks and registers of a multiprocessor.
+_MAX_BLOCKS, _REGISTERS = 32, 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Tile:
         """That a multiprocessor holds at once."""
         warps = _REGISTERS // (4 * 32 * self.registers) * 4
         shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
-        return max(1, min(shared, 32 * warps // self.threads))
+        return max(1, min(_MAX_BLOCKS, shared, 32 * warps // self.threads))
 
     def clustered(self, g: Conv2dGeometry, target: Target) -> bool:
         """Whether its slabs are a cluster."""
