@@ -139,6 +139,26 @@ _QUADS = {
     "136_channels": ((1, 136, 5, 6), (136, 1, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
 }
 
+# What only phases of dilated rows branch on, whose outputs are as many as their inputs: rows that begin in the midst of
+# a word; fewer rows and columns than a dilation; padding on one side alone; more images than a block works on at once,
+# and than are whole turns.
+_PHASES = {
+    "odd_dilation_12": ((3, 3, 30, 37), (3, 1, 3, 3), (1, 1), ((12, 12), (12, 12)), (12, 12)),
+    "even_dilation_3_2": ((11, 2, 13, 14), (2, 1, 3, 3), (1, 1), ((3, 3), (2, 2)), (3, 2)),
+    "odd_one_sided": ((5, 3, 9, 19), (3, 1, 3, 3), (1, 1), ((4, 0), (0, 8)), (2, 4)),
+    "below_a_dilation": ((9, 5, 5, 7), (5, 1, 3, 3), (1, 1), ((7, 7), (8, 8)), (7, 8)),
+    "2x5_phases": ((2, 2, 14, 11), (2, 1, 2, 5), (1, 1), ((0, 4), (4, 4)), (4, 2)),
+    "4x1_phases": ((23, 1, 15, 5), (1, 1, 4, 1), (1, 1), ((4, 2), (0, 0)), (2, 6)),
+}
+
+# What only planes unrolled altogether branch on: channels that fill no warp, planes below the kernel, padding on one
+# side alone, more images than a warp works on.
+_PLANES = {
+    "40_channels_of_7x6": ((21, 40, 7, 6), (40, 1, 5, 3), (1, 1), ((2, 2), (1, 1)), (1, 1)),
+    "planes_below_the_kernel": ((3, 72, 2, 3), (72, 1, 5, 7), (1, 1), ((1, 3), (4, 2)), (1, 1)),
+    "one_sided_planes": ((5, 8, 6, 9), (8, 1, 3, 4), (1, 1), ((2, 0), (0, 3)), (1, 1)),
+}
+
 
 def _geometries(table):
     return {
@@ -147,7 +167,9 @@ def _geometries(table):
     }
 
 
-GEOMETRIES = _geometries(EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES | _QUADS)
+GEOMETRIES = _geometries(
+    EVERYWHERE | _LARGE | _DGRAD | _WGRAD | _TENSOR_WGRAD | _CHANNELS_LAST | _IMAGES | _QUADS | _PHASES | _PLANES
+)
 # As rows of images they need more products than registers hold.
 _TOO_MANY_PRODUCTS = [
     GEOMETRIES[name]
@@ -168,6 +190,7 @@ VARIANTS = (
     "direct",
     "runs",
     "flat",
+    "phases",
     "toeplitz",
     "images",
     "diagonals",
@@ -177,6 +200,7 @@ VARIANTS = (
     "channels_last_staged",
     "channels_last_mma",
     "channels_last_runs",
+    "channels_last_planes",
 )
 HALVES = ("float16", "bfloat16")
 
@@ -191,6 +215,16 @@ def suits(variant, direction, g, dtype):
     forward, nchw = direction == "forward", not g.channels_last
     if variant == "direct":
         return True
+    if variant == "phases":
+        size = {"float32": 4, "float64": 8}.get(dtype, 2)
+        same = g.stride == (1, 1) and (g.P, g.Q) == (g.H, g.W) and not multiplied
+        whole_dilations = all(before % d == 0 for (before, _), d in zip(g.padding, g.dilation, strict=True))
+        # Columns of a phase, in words; rows of an odd number of halves begin in the midst of one.
+        per_word = max(1, 4 // size)
+        columns = per_word * -(-(g.W + (per_word == 2 and g.W % 2)) // g.dilation[1])
+        held = (g.R + 1) * columns + g.R * g.S + (direction == "wgrad") <= 104
+        in_words = g.dilation[1] * size % 4 == g.dilation[0] * g.W * size % 4 == 0
+        return nchw and size <= 4 and in_words and same and whole_dilations and held
     whole = all(size // g.N % 8 == 0 for size in (g.x_size, g.y_size))
     if variant == "pairs":
         takes = nchw and dtype in HALVES and not multiplied and dense and few_taps
@@ -208,6 +242,12 @@ def suits(variant, direction, g, dtype):
         return not nchw and few_taps and takes
     if variant == "channels_last_runs":
         return not nchw and few_taps and dense and dtype != "float64" and not multiplied
+    if variant == "channels_last_planes":
+        # A plane is unrolled, and pixels are whole 16 bytes.
+        same = dense and not multiplied and (g.P, g.Q) == (g.H, g.W)
+        few = g.H * g.W * g.R * g.S <= 2100 and (g.R + 1) * g.W + g.R * g.S <= 104
+        whole = dtype != "float64" and g.C % (4 if dtype == "float32" else 8) == 0
+        return not nchw and same and few and whole
     if direction == "wgrad":
         words = dtype == "float32" or (dtype in HALVES and (g.C % 2 == 0 or g.dilation == (1, 1)))
         staged = not nchw and words and not multiplied
@@ -251,6 +291,7 @@ _MAIN_DTYPES = {
     "direct": ("float16", "float32"),
     "runs": ("float16", "float32"),
     "flat": ("float16",),
+    "phases": ("float16", "float32"),
     "toeplitz": ("float16",),
     "images": ("float16",),
     "diagonals": ("float16",),
@@ -260,6 +301,7 @@ _MAIN_DTYPES = {
     "channels_last_staged": ("float16", "float32"),
     "channels_last_mma": ("float16",),
     "channels_last_runs": ("float16",),
+    "channels_last_planes": ("float16",),
 }
 _FEW = (
     "3x3_padded",
@@ -279,6 +321,7 @@ _FEW = (
     "51x5_channels",
     "5x5_quads",
     "7x7_quads",
+    "odd_dilation_12",
 )
 
 
@@ -288,6 +331,8 @@ def cases(direction):
     names = {"nchw": nchw_names, "nhwc": nchw_names | _CHANNELS_LAST}
     for layout, variant, dtype in product(LAYOUTS, VARIANTS, oracle.DTYPES):
         of_variant = names[layout] | (_IMAGES if variant == "images" else {})
+        of_variant |= _QUADS | _PLANES if variant == "channels_last_planes" else {}
+        of_variant |= _PHASES if variant == "phases" else {}
         of_variant |= _TENSOR_WGRAD if variant in ("diagonals", "pairs") else {}
         of_variant |= _QUADS if variant == "channels_last_mma" else {}
         for name in of_variant if dtype in _MAIN_DTYPES[variant] else filter(of_variant.__contains__, _FEW):

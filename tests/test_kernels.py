@@ -8,7 +8,7 @@ import pytest
 
 from cuconv import kernels, plan
 from cuconv.geometry import pointwise_geometry
-from cuconv.plan import channels_last, channels_last_mma, images, toeplitz
+from cuconv.plan import channels_last, channels_last_mma, images, phases, toeplitz, wgrad_phases
 
 cupy = pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
 from test_plan import geometry, plan_or_reason  # noqa: E402
@@ -188,6 +188,39 @@ def test_flat_compiles_within_its_budget(kernel, architecture):
             resources = kernels.compile_only(chosen, architecture)
             assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
             assert resources.registers <= REGISTER_BUDGET_FLAT, f"{chosen} takes {resources.registers}"
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if int(name[3:].rstrip("a")) >= 90])
+@pytest.mark.parametrize("dilation", [4, 6, 12, 24])
+def test_phases_compile_without_spills(dilation, architecture):
+    """Of each number of places the tiles that leave a thread most and fewest registers."""
+    g = geometry((8, 256, 65, 65), (256, 1, 3, 3), padding=dilation, dilation=dilation)
+    target = TARGETS[architecture]
+    for dtype in ("float16", "bfloat16", "float32") if architecture == MEASURED else ("bfloat16",):
+        of_threads = {
+            t.blocks(target) * t.threads: phases.tile_plan(g, dtype, target, t) for t in phases.tiles(g, dtype, target)
+        }
+        of_wgrad = {
+            t.blocks(target) * t.threads: wgrad_phases.tile_plan(g, dtype, True, target, t).sums
+            for t in wgrad_phases.tiles(g, dtype, True, target)
+        }
+        for of_all in (of_threads, of_wgrad):
+            for chosen in (of_all[min(of_all)], of_all[max(of_all)]) if of_all else ():
+                spilled = kernels.compile_only(chosen, architecture).spill_bytes
+                assert spilled == 0, f"{chosen} spills {spilled} bytes on {architecture}"
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if int(name[3:].rstrip("a")) >= 80])
+@pytest.mark.parametrize(("extents", "kernel"), [((7, 7), 3), ((7, 7), 5), ((8, 8), 5), ((14, 14), 3)])
+def test_small_planes_compile_without_spills(extents, kernel, architecture):
+    g = geometry((128, 1152, *extents), (1152, 1, kernel, kernel), padding=kernel // 2, channels_last=True)
+    target = TARGETS[architecture]
+    for dtype in ("float16", "bfloat16", "float32") if architecture == MEASURED else ("bfloat16",):
+        forward = plan.depthwise_forward(g, dtype, target, "channels_last_planes")
+        wgrad = plan.depthwise_wgrad(g, dtype, True, target, "channels_last_planes")
+        for chosen in (forward, wgrad.sums):
+            resources = kernels.compile_only(chosen, architecture)
+            assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
 
 
 @pytest.mark.parametrize("kernel", [3, 9, 11])

@@ -20,9 +20,11 @@ from cuconv.plan import (
     base,
     channels_last,
     channels_last_mma,
+    channels_last_planes,
     channels_last_runs,
     channels_last_staged,
     flat,
+    phases,
     runs,
     tiles,
     toeplitz,
@@ -195,7 +197,7 @@ def test_the_default_of_channels_last():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_takes_what_the_tests_expect_of_it(variant, direction):
     """Neither less, which would leave its tests out, nor more, which would go untested."""
-    of_pointwise, of_separable = {"groups", "products"}, {"fused", "apart"}
+    of_pointwise, of_separable = {"groups", "products"}, {"fragments", "fused", "apart"}
     assert {*VARIANTS, *of_pointwise, *of_separable} == set(plan.VARIANTS)
     for nchw, dtype, last in product(GEOMETRIES.values(), plan.DTYPES, (False, True)):
         g = replace(nchw, channels_last=last)
@@ -519,7 +521,46 @@ def check_flat(g, chosen, dtype, dgrad):
     assert (8 + 7 + outputs + 7 + 8) * 2 <= values["output_bytes"]
 
 
+def check_phases(g, chosen, dtype, dgrad):
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    size = plan.DTYPES[dtype][1]
+    per_word = 4 // size
+    # Every channel and image has one block, whose turns are enough for its stages; of one stage there is one turn.
+    assert chosen.grid[0] == g.K
+    assert (chosen.grid[1] - 1) * values["block_images"] < g.N <= chosen.grid[1] * values["block_images"]
+    turns = values["block_images"] / defines["PLANES"]
+    assert turns >= defines["STAGES"]
+    assert turns == 1 or defines["STAGES"] > 1
+    # A phase has all columns of a row, be it that they begin one before, and rows keep to words.
+    assert defines["PLACES"] * defines["DILATION_W"] >= g.W + g.W % per_word
+    assert defines["DILATION_W"] % per_word == values["dilation_h"] * g.W % per_word == 0
+    assert (defines["BEFORE_H"] * g.dilation[0], defines["BEFORE_W"] * g.dilation[1]) == (
+        g.padding[0][0],
+        g.padding[1][0],
+    )
+    # A buffer has room for a plane that starts anywhere in 16 bytes, and for the last words behind it.
+    assert values["plane_bytes"] % 16 == 0
+    assert values["plane_bytes"] >= g.H * g.W * size + 16
+    held = defines["STAGES"] * defines["PLANES"] * values["plane_bytes"]
+    assert chosen.shared_bytes >= held + g.dilation[1] * size
+
+
+def check_channels_last_planes(g, chosen, dtype, dgrad):
+    g = runs.dense_dgrad_as_forward(g) if dgrad else g
+    values, defines = dict(chosen.parameters), dict(chosen.defines)
+    assert values["groups"] == -(-g.K // 32)
+    units = values["groups"] * -(-g.N // values["unit_images"])
+    warps = chosen.block // 32
+    assert (chosen.grid[0] - 1) * warps < units <= chosen.grid[0] * warps
+    assert defines["STAGES"] <= values["unit_images"]
+    assert chosen.shared_bytes == warps * defines["STAGES"] * g.H * g.W * 32 * plan.DTYPES[dtype][1]
+    assert (defines["TOP"], defines["LEFT"]) == (g.padding[0][0], g.padding[1][0])
+
+
 CHECKS = {
+    "phases": check_phases,
+    "channels_last_planes": check_channels_last_planes,
     "direct": check_direct,
     "runs": check_runs,
     "flat": check_flat,
@@ -536,8 +577,26 @@ extent = st.integers(1, 300)
 
 
 @st.composite
+def geometries_of_equal_extents(draw, variant):
+    """Of x and y, with padding of whole dilations: of large dilations, or of small planes."""
+    kernel = draw(st.tuples(*[st.integers(1, 5)] * 2))
+    if variant == "phases":
+        N, C, H, W = draw(st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), st.integers(1, 150)))
+        dilation = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    else:
+        N, C, H, W = draw(st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)))
+        C, dilation = 8 * C, (1, 1)
+    before = [draw(st.integers(0, taps - 1)) for taps in kernel]
+    padding = tuple((d * b, d * (k - 1 - b)) for d, b, k in zip(dilation, before, kernel, strict=True))
+    numbers = {"padding": padding, "dilation": dilation, "channels_last": variant != "phases"}
+    return geometry((N, C, H, W), (C, 1, *kernel), **numbers)
+
+
+@st.composite
 def geometries(draw, variant):
     """Geometries that the variant takes, forward at least: of a small kernel or, for tiles, a large one."""
+    if variant in ("phases", "channels_last_planes"):
+        return draw(geometries_of_equal_extents(variant))
     N, C, H, W = draw(st.tuples(st.integers(1, 70), st.integers(1, 70), extent, extent))
     numbers = {"channels_last": variant.startswith("channels_last") or (variant == "direct" and draw(st.booleans()))}
     if variant == "tiles":
@@ -579,11 +638,18 @@ def geometries(draw, variant):
 def test_every_plan_covers_the_output_and_fits_the_device(variant, data, dtype, target, aligned):
     g = data.draw(geometries(variant))
     dtype = "bfloat16" if variant in ("flat", "toeplitz", "images", "channels_last_mma") else dtype
-    most_threads = {"images": 512, "channels_last_staged": 512, "channels_last_mma": 640, "channels_last_runs": 1024}
+    most_threads = {
+        "phases": 512,
+        "images": 512,
+        "channels_last_staged": 512,
+        "channels_last_mma": 640,
+        "channels_last_runs": 1024,
+    }
     for direction, make in zip(("forward", "dgrad"), PASSES, strict=True):
         chosen, reason = plan_or_reason(make, g, dtype, target, variant, aligned)
         if chosen is None:
-            unaligned = not aligned and (variant in ("flat", "images") or "aligned" in reason)
+            whole = variant in ("flat", "images", "phases", "channels_last_planes")
+            unaligned = not aligned and (whole or "aligned" in reason)
             assert not suits(variant, direction, g, dtype) or unaligned or "fit" in reason
             continue
         assert suits(variant, direction, g, dtype)
@@ -781,6 +847,71 @@ def test_the_number_of_toeplitz_variants_is_bounded():
     assert all(len(values) <= 2 for values in seen.values()), choices
 
 
+def test_the_number_of_variants_of_phases_and_small_planes_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for name, make in product(("phases", "channels_last_planes"), (*PASSES, plan.depthwise_wgrad)):
+        for _ in range(60):
+            n, c, h, w, d = (int(v) for v in rng.integers(1, (40, 40, 150, 150, 20)))
+            small = name == "channels_last_planes"
+            shape, d = ((n, 8 * c, h % 12 + 1, w % 12 + 1), 1) if small else ((n, c, h, w), 2 * d)
+            numbers = {"padding": d, "dilation": d, "channels_last": small}
+            bias = (True,) if make is plan.depthwise_wgrad else ()
+            g = geometry(shape, (shape[1], 1, 3, 3), **numbers)
+            chosen, _ = plan_or_reason(make, g, "float16", *bias, H200, name)
+            for define, value in getattr(chosen, "sums", chosen).defines if chosen else ():
+                seen.setdefault(define, set()).add(value)
+    assert seen.pop("PLACES") <= set(range(1, 14))
+    assert seen.pop("DILATION_W") <= set(range(2, 41, 2))
+    assert seen.pop("H") | seen.pop("W") <= set(range(1, 13))
+    assert seen.pop("THREADS") <= set(range(32, phases._MAX_THREADS + 1, 32))
+    assert seen.pop("BLOCKS") <= set(range(1, 33))
+    assert seen.pop("PLANES") <= set(phases._PLANES)
+    assert seen.pop("STAGES") <= {*phases._STAGES, *channels_last_planes._STAGES}
+    assert seen.pop("CLUSTER") <= set(range(1, wgrad.MOST_OF_CLUSTER + 1))
+    assert all(len(values) <= 2 for values in seen.values()), seen
+
+
+@pytest.mark.parametrize(
+    ("numbers", "dtype", "target", "aligned", "reason"),
+    [
+        ({}, "float64", H200, True, "at most 4 bytes.*float64"),
+        ({}, "float16", plan.TARGETS[80], True, "compute capability 9.0.*8.0"),
+        ({"stride": 2}, "float16", H200, True, "stride 1, and outputs as many as inputs"),
+        ({"padding": 4}, "float16", H200, True, "outputs as many"),
+        ({"padding": ((7, 5), (6, 6))}, "float16", H200, True, "whole dilations.*7, 5"),
+        ({"padding": 1, "dilation": 1}, "float16", H200, True, r"whole words apart.*\(1, 1\)"),
+        ({"padding": (3, 6), "dilation": (3, 6)}, "float16", H200, True, "whole words apart.*rows of 65"),
+        ({}, "float16", H200, False, "multiples of 16 bytes"),
+        ({"padding": 2, "dilation": 2}, "float16", H200, True, "65 x 65.*do not fit"),
+    ],
+)
+def test_phases_say_why_they_cannot_run(numbers, dtype, target, aligned, reason):
+    g = geometry((2, 3, 65, 65), (3, 1, 3, 3), **{"padding": 6, "dilation": 6, **numbers})
+    for make, bias in ((plan.depthwise_forward, ()), (plan.depthwise_wgrad, (True,))):
+        with pytest.raises(plan.Unsuitable, match=f"variant phases: .*{reason}"):
+            make(g, dtype, *bias, target, "phases", aligned)
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers", "dtype", "target", "aligned", "reason"),
+    [
+        ((2, 8, 7, 7), {}, "float64", H200, True, "at most 4 bytes.*float64"),
+        ((2, 8, 7, 7), {}, "float16", T4, True, "compute capability 8.0.*7.5"),
+        ((2, 8, 7, 7), {"channels_last": False}, "float16", H200, True, "takes channels-last"),
+        ((2, 8, 7, 7), {"padding": 0}, "float16", H200, True, "outputs as many as inputs"),
+        ((2, 12, 7, 7), {}, "float16", H200, True, "multiples of 16 bytes"),
+        ((2, 8, 7, 7), {}, "float16", H200, False, "multiples of 16 bytes"),
+        ((2, 8, 16, 16), {}, "float16", H200, True, "16 x 16.*more than is unrolled"),
+    ],
+)
+def test_small_planes_say_why_they_cannot_run(shape, numbers, dtype, target, aligned, reason):
+    g = geometry(shape, (shape[1], 1, 3, 3), **{"padding": 1, "channels_last": True, **numbers})
+    for make, bias in ((plan.depthwise_forward, ()), (plan.depthwise_wgrad, (True,))):
+        with pytest.raises(plan.Unsuitable, match=f"variant channels_last_planes: .*{reason}"):
+            make(g, dtype, *bias, target, "channels_last_planes", aligned)
+
+
 @pytest.mark.parametrize("variant", ["diagonals", "pairs"])
 def test_the_number_of_variants_of_wgrad_on_tensor_cores_is_bounded(variant):
     rng = np.random.default_rng(7)
@@ -863,13 +994,15 @@ def test_parameter_struct_matches_the_fields_of_the_kernels():
     plans = []
     for variant, make in product(VARIANTS, (*PASSES, plan.depthwise_wgrad)):
         R = 9 if variant == "tiles" else 3
-        g = geometry((2, 8, 9, 9), (8, 1, R, R), padding=R // 2, channels_last=variant.startswith("channels_last"))
+        dilation = 2 if variant == "phases" else 1
+        numbers = {"padding": R // 2 * dilation, "dilation": dilation}
+        g = geometry((2, 8, 9, 10), (8, 1, R, R), **numbers, channels_last=variant.startswith("channels_last"))
         if make is plan.depthwise_wgrad and suits(variant, "wgrad", g, "float16"):
             of_wgrad = make(g, "float16", True, H200, variant)
             plans += filter(None, (of_wgrad.sums, of_wgrad.reduce))
         elif make is not plan.depthwise_wgrad and suits(variant, "forward", g, "float16"):
             plans.append(make(g, "float16", H200, variant))
-    assert len({chosen.source for chosen in plans}) == 22
+    assert len({chosen.source for chosen in plans}) == 26
     for chosen in plans:
         text = (kernels.sources_folder() / f"{chosen.source}.cu").read_text()
         body = text[text.index("struct Parameters {") : text.index("};", text.index("struct Parameters {"))]

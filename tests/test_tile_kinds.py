@@ -18,14 +18,17 @@ from cuconv.geometry import depthwise_geometry
 from cuconv.plan import (
     channels_last,
     channels_last_mma,
+    channels_last_planes,
     channels_last_staged,
     images,
+    phases,
     runs,
     tiles,
     toeplitz,
     wgrad,
     wgrad_diagonals,
     wgrad_pairs,
+    wgrad_phases,
 )
 
 
@@ -167,38 +170,147 @@ def blocks_of_cluster(chosen):
     return dict(chosen.sums.defines)["CLUSTER"]
 
 
-def check_wgrad(device, g, chosen, dy, x):
+def check_wgrad(device, g, chosen, dy, x, layout="nchw"):
     """Launch the plans of gradients of weights and bias, into poisoned results and a poisoned workspace."""
     dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (g.w_shape, g.w_shape[:1]))
     workspace = device.array(np.full(max(1, chosen.workspace_bytes), 0xFF, np.uint8))
-    given = device.array(dy), device.array(x), workspace, dw, dbias
+    given = device.array(dy, layout), device.array(x, layout), workspace, dw, dbias
     kernels.load(chosen.sums, 0)(*(array.data.ptr for array in given))
     if chosen.reduce is not None:
         kernels.load(chosen.reduce, 0)(*(array.data.ptr for array in given[2:]))
     oracle.assert_wgrad_within_bound(device.host(dw), device.host(dbias), dy, x, **numbers_of(g))
 
 
-@pytest.mark.parametrize("variant", ["runs", "diagonals"])
+@pytest.mark.parametrize("variant", ["runs", "diagonals", "phases", "channels_last_planes"])
 def test_clusters_of_wgrad_with_infinities(device, rng, variant):
     """A block that does its work over meets the others of its cluster as they meet it."""
-    g = depthwise_geometry((6, 8, 14, 14), (8, 1, 3, 3), padding=1)
+    planes = variant == "channels_last_planes"
+    dilation = 2 if variant == "phases" else 1
+    shape = (6, 8, 13, 14)
+    g = depthwise_geometry(shape, (8, 1, 3, 3), padding=dilation, dilation=dilation, channels_last=planes)
     dy, x = random_dy(rng, g, "float16"), oracle.random_arrays(rng, g.x_shape, g.w_shape, "float16")[0]
     x[1, 2, 5, 0], dy[5, 4, 0, 13] = np.inf, np.nan
     if variant == "runs":
         choices = wgrad.tiles_of_runs(g, "float16", True, device.target, aligned=True)
         plans = [wgrad.tile_plan(g, "float16", True, device.target, tile) for tile in choices]
+    elif variant == "phases":
+        choices = wgrad_phases.tiles(g, "float16", True, device.target)
+        plans = [wgrad_phases.tile_plan(g, "float16", True, device.target, tile) for tile in choices]
+    elif planes:
+        choices = channels_last_planes.wgrad_tiles(g, "float16", True, device.target)
+        plans = [channels_last_planes.wgrad_tile_plan(g, "float16", True, device.target, tile) for tile in choices]
     else:
         choices = wgrad_diagonals.tiles(g, True, device.target)
         plans = [wgrad_diagonals.tile_plan(g, "float16", True, device.target, tile) for tile in choices]
     chosen = next(plan for plan in plans if blocks_of_cluster(plan) > 2)
     dw, dbias = (device.guarded(shape, x.dtype)[0] for shape in (g.w_shape, g.w_shape[:1]))
-    given = device.array(dy), device.array(x), device.array(np.zeros(1, np.uint8)), dw, dbias
+    layout = "nhwc" if planes else "nchw"
+    given = device.array(dy, layout), device.array(x, layout), device.array(np.zeros(1, np.uint8)), dw, dbias
     kernels.load(chosen.sums, 0)(*(array.data.ptr for array in given))
     for exact, result in zip(oracle.wgrad(dy, x, g.w_shape, **numbers_of(g)), (dw, dbias), strict=True):
         result, finite = device.host(result), np.isfinite(exact)
         assert 0 < finite.sum() < exact.size
         np.testing.assert_array_equal(np.isfinite(result), finite)
         np.testing.assert_array_equal(result[~finite], exact[~finite])
+
+
+# Rows that begin in the midst of a word and rows that do not, in planes that do and do not; of 11 images the last turns
+# are not whole.
+DILATED = [
+    ("bfloat16", (11, 3, 13, 17), {"padding": (6, 4), "dilation": (6, 4)}),
+    ("float16", (11, 3, 9, 12), {"padding": ((3, 3), (0, 4)), "dilation": (3, 2)}),
+    ("float32", (11, 3, 8, 9), {"padding": ((2, 2), (6, 0)), "dilation": (2, 3)}),
+]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("dtype", "shape", "numbers"), DILATED)
+def test_phases(device, rng, turned, dtype, shape, numbers):
+    """Every number of planes at a time, of stages and of turns, a phase a thread and several; with infinities and NaN,
+    in weights too, whose products with the padding are to be seen."""
+    g = depthwise_geometry(shape, (shape[1], 1, 3, 3), **numbers)
+    x, w, bias = oracle.random_arrays(rng, shape, g.w_shape, dtype)
+    of_tile = runs.dense_dgrad_as_forward(g) if turned else g
+    infinite = [array.copy() for array in (x, w)]
+    infinite[0][0, 0, 3, 3], infinite[0][-1, 1, 0, 0], infinite[0][2, 2, -1, -1] = np.inf, -np.inf, np.nan
+    infinite[1][0, 0, 0, 1], infinite[1][2, 0, 2, 2] = np.inf, np.nan
+
+    def kinds(tile):
+        yield from fields(tile, "planes", "stages", "block_images")
+        yield "threads", tile.planes, tile.threads
+
+    chosen = list(each_kind_once(phases.tiles(of_tile, dtype, device.target), kinds))
+    assert {tile.stages for tile in chosen} == set(phases._STAGES)
+    for tile in chosen:
+        kernel = phases.tile_plan(of_tile, dtype, device.target, tile, turned)
+        for x_of, w_of in ((x, w), infinite):
+            if turned:
+                dx = device.launch(kernel, x_of, w_of, None, g.x_shape)
+                assert errors.dgrad_error(dx, x_of, w_of, g) <= 1
+            else:
+                y = device.launch(kernel, x_of, w_of, bias, g.y_shape)
+                assert errors.forward_error(y, x_of, w_of, bias, g) <= 1
+
+
+@pytest.mark.parametrize(("dtype", "shape", "numbers"), DILATED)
+def test_phases_of_wgrad(device, rng, dtype, shape, numbers):
+    """Likewise, and slabs by themselves and in clusters."""
+    g = depthwise_geometry(shape, (shape[1], 1, 3, 3), **numbers)
+    dy, x = random_dy(rng, g, dtype), oracle.random_arrays(rng, shape, g.w_shape, dtype)[0]
+    # So few multiprocessors that some slabs are no cluster.
+    target = replace(device.target, multiprocessors=3)
+
+    def kinds(tile):
+        yield from fields(tile, "planes", "stages")
+        yield "threads", tile.planes, tile.threads
+        yield "slabs", tile.slabs > 1, tile.clustered(g, target)
+
+    chosen = list(each_kind_once(wgrad_phases.tiles(g, dtype, True, target), kinds))
+    assert {tile.clustered(g, target) for tile in chosen} == {False, True}
+    for tile in chosen:
+        check_wgrad(device, g, wgrad_phases.tile_plan(g, dtype, True, target, tile), dy, x)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_channels_last_planes(device, rng, turned, dtype):
+    """Every number of warps, stages and images, channels that fill no warp; infinities and NaN, in weights too."""
+    x, w, bias = oracle.random_arrays(rng, (11, 72, 5, 6), (72, 1, 4, 3), dtype)
+    g = depthwise_geometry(x.shape, w.shape, padding=((1, 2), (2, 0)), channels_last=True)
+    of_tile = runs.dense_dgrad_as_forward(g) if turned else g
+    infinite = [array.copy() for array in (x, w)]
+    infinite[0][0, 0, 3, 3], infinite[0][-1, 33, 0, 0], infinite[0][2, 71, -1, -1] = np.inf, -np.inf, np.nan
+    infinite[1][0, 0, 0, 1], infinite[1][40, 0, 2, 2] = np.inf, np.nan
+    choices = channels_last_planes.tiles(of_tile, dtype, device.target)
+    for tile in each_kind_once(choices, lambda tile: fields(tile, "warps", "stages", "unit_images")):
+        kernel = channels_last_planes.tile_plan(of_tile, dtype, device.target, tile, turned)
+        for x_of, w_of in ((x, w), infinite):
+            if turned:
+                dx = device.launch(kernel, x_of, w_of, None, g.x_shape, "nhwc")
+                assert errors.dgrad_error(dx, x_of, w_of, g) <= 1
+            else:
+                y = device.launch(kernel, x_of, w_of, bias, g.y_shape, "nhwc")
+                assert errors.forward_error(y, x_of, w_of, bias, g) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_channels_last_planes_of_wgrad(device, rng, dtype):
+    """Likewise, and slabs by themselves and in clusters."""
+    g = depthwise_geometry((11, 72, 5, 6), (72, 1, 4, 3), padding=((1, 2), (2, 0)), channels_last=True)
+    dy, x = random_dy(rng, g, dtype), oracle.random_arrays(rng, g.x_shape, g.w_shape, dtype)[0]
+    target = replace(device.target, multiprocessors=10)
+
+    def plan_of(tile):
+        return channels_last_planes.wgrad_tile_plan(g, dtype, True, target, tile)
+
+    def kinds(tile):
+        yield from fields(tile, "warps", "stages")
+        yield "slabs", tile.slabs > 1, blocks_of_cluster(plan_of(tile)) > 1
+
+    chosen = list(each_kind_once(channels_last_planes.wgrad_tiles(g, dtype, True, target), kinds))
+    assert {blocks_of_cluster(plan_of(tile)) > 1 for tile in chosen} == {False, True}
+    for tile in chosen:
+        check_wgrad(device, g, plan_of(tile), dy, x, "nhwc")
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from ..geometry import Conv2dGeometry, PointwiseGeometry, SeparableGeometry
 from . import (
     channels_last,
     channels_last_mma,
+    channels_last_planes,
     channels_last_runs,
     channels_last_staged,
     direct,
     flat,
     images,
+    phases,
     pointwise,
     pointwise_groups,
     runs,
@@ -37,6 +39,7 @@ from . import (
     wgrad_diagonals,
     wgrad_flat,
     wgrad_pairs,
+    wgrad_phases,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .layouts import transposed
@@ -72,10 +75,12 @@ __all__ = [
 # Of every pass its variants, the preferred one first: the first that suits is taken.
 _FORWARD = {
     "runs": runs.forward,
+    "phases": phases.forward,
     "channels_last_staged": channels_last_staged.forward,
     "channels_last_runs": channels_last_runs.forward,
     "channels_last": channels_last.forward,
     "channels_last_mma": channels_last_mma.forward,
+    "channels_last_planes": channels_last_planes.forward,
     "toeplitz": toeplitz.forward,
     "flat": flat.forward,
     "images": images.forward,
@@ -84,10 +89,12 @@ _FORWARD = {
 }
 _DGRAD = {
     "runs": runs.dgrad,
+    "phases": phases.dgrad,
     "channels_last_staged": channels_last_staged.dgrad,
     "channels_last_runs": channels_last_runs.dgrad,
     "channels_last": channels_last.dgrad,
     "channels_last_mma": channels_last_mma.dgrad,
+    "channels_last_planes": channels_last_planes.dgrad,
     "toeplitz": toeplitz.dgrad,
     "flat": flat.dgrad,
     "images": images.dgrad,
@@ -96,6 +103,7 @@ _DGRAD = {
 }
 _WGRAD = {
     "runs": wgrad.runs,
+    "phases": wgrad_phases.phases,
     "diagonals": wgrad_diagonals.diagonals,
     "pairs": wgrad_pairs.pairs,
     "flat": wgrad_flat.flat,
@@ -103,6 +111,7 @@ _WGRAD = {
     "channels_last_runs": wgrad_channels_last_runs.channels_last_runs,
     "channels_last": wgrad_channels_last.channels_last,
     "channels_last_mma": wgrad_channels_last_mma.channels_last_mma,
+    "channels_last_planes": channels_last_planes.wgrad,
     "tiles": wgrad.tiles,
     "direct": wgrad.direct,
 }
@@ -122,6 +131,7 @@ _POINTWISE_WGRAD = {
 
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {
+    "channels_last_planes": channels_last_planes.beats_others,
     "images": images.beats_others,
     "toeplitz": toeplitz.beats_others,
     "channels_last_runs": channels_last_runs.beats_others,
@@ -129,6 +139,7 @@ _BEATS_OTHERS = {
     "channels_last_mma": channels_last_mma.beats_others,
 }
 _BEATS_OTHERS_OF_WGRAD = {
+    "channels_last_planes": channels_last_planes.beats_others_of_wgrad,
     "pairs": wgrad_pairs.beats_others,
     "diagonals": wgrad_diagonals.beats_others,
     "channels_last_mma": wgrad_channels_last_mma.beats_others,

@@ -1,0 +1,136 @@
+"""Gradients of weights and bias of dilated kernels by phases, for compute capability 9.0 and newer: see
+cuda/depthwise_wgrad_phases.cu."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..geometry import Conv2dGeometry
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, Plan, Target, Unsuitable, plane_parameters
+from .phases import behind_bytes_of, per_word, places_of, plane_bytes_of, require_phases, shapes
+from .wgrad import WgradPlan, clustered, slabs_of_cluster, with_reduce
+
+# Values that a thread may hold: rows of x, one of dy, sums.
+_MAX_VALUES = 104
+# Blocks and registers of a multiprocessor.
+_MAX_BLOCKS, _REGISTERS = 32, 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block makes: so many planes of one channel at a time, of a slab of the batch."""
+
+    places: int
+    values: int
+    planes: int
+    stages: int
+    slabs: int
+    threads: int
+    plane_bytes: int
+    behind_bytes: int
+
+    @property
+    def shared_bytes(self) -> int:
+        return 2 * self.stages * self.planes * self.plane_bytes + self.behind_bytes
+
+    @property
+    def registers(self) -> int:
+        """That a thread needs, by a rough count."""
+        return min(255, -(-(36 + self.values) // 8) * 8)
+
+    def blocks(self, target: Target) -> int:
+        """That a multiprocessor holds at once."""
+        warps = _REGISTERS // (4 * 32 * self.registers) * 4
+        shared = target.shared_per_multiprocessor // (self.shared_bytes + SHARED_RESERVE)
+        return max(1, min(_MAX_BLOCKS, shared, 32 * warps // self.threads))
+
+    def clustered(self, g: Conv2dGeometry, target: Target) -> bool:
+        """Whether its slabs are a cluster."""
+        return bool(clustered(self.slabs, g.K, target.multiprocessors * self.blocks(target)))
+
+
+def phases(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> WgradPlan:
+    """Every element of x and dy is read once."""
+    require_phases(g, dtype, target, aligned)
+    choices = list(tiles(g, dtype, bias, target))
+    if not choices:
+        raise Unsuitable(f"planes of {g.H} x {g.W}, dilated by {g.dilation}, do not fit registers and shared memory")
+    return tile_plan(g, dtype, bias, target, min(choices, key=lambda tile: _cost(g, target, tile)))
+
+
+def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
+    """The plan of one choice of tiles()."""
+    cluster = tile.clustered(g, target)
+    single = tile.slabs == 1 or cluster
+    sums = Plan(
+        source="depthwise_wgrad_phases",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("BIAS", int(bias)),
+            ("FINAL", int(single)),
+            ("CLUSTER", tile.slabs if cluster else 1),
+            ("BEFORE_H", g.padding[0][0] // g.dilation[0]),
+            ("BEFORE_W", g.padding[1][0] // g.dilation[1]),
+            ("THREADS", tile.threads),
+            ("BLOCKS", tile.blocks(target)),
+            ("PLANES", tile.planes),
+            ("STAGES", tile.stages),
+            ("DILATION_W", g.dilation[1]),
+            ("PLACES", tile.places),
+        ),
+        grid=(tile.slabs, g.K, 1),
+        block=tile.threads,
+        shared_bytes=tile.shared_bytes,
+        parameters=(
+            ("K", g.K),
+            ("R", g.R),
+            ("S", g.S),
+            *plane_parameters(g),
+            ("images", g.N),
+            ("block_images", _block_turns(g, tile) * tile.planes),
+            ("plane_bytes", tile.plane_bytes),
+        ),
+    )
+    return WgradPlan(sums, None, 0) if single else with_reduce(sums, tile.slabs, g, dtype, bias)
+
+
+def _block_turns(g: Conv2dGeometry, tile: Tile) -> int:
+    """Of a slab, in which as many planes are worked on at a time."""
+    turns = -(-g.N // tile.planes)
+    return -(-turns // tile.slabs)
+
+
+def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target) -> Iterator[Tile]:
+    """The tiles that fit the device's registers and shared memory."""
+    places = places_of(g, dtype)
+    values = (g.R + 1) * places * per_word(dtype) + g.R * g.S + bias
+    if values > _MAX_VALUES or g.K > MAX_GRID[1]:
+        return
+    for planes, stages, threads in shapes(g, dtype):
+        turns = -(-g.N // planes)
+        plane_bytes, behind = plane_bytes_of(g, dtype, planes), behind_bytes_of(g, dtype)
+        tile = Tile(places, values, planes, stages, 1, threads, plane_bytes, behind)
+        if tile.shared_bytes > target.shared_per_block - SHARED_RESERVE:
+            continue
+        held = target.multiprocessors * tile.blocks(target)
+        # One slab, or a cluster of them, or as many as fill the device.
+        for slabs in sorted({1, min(turns, int(slabs_of_cluster(g.K, held))), max(1, min(turns, held // g.K))}):
+            block_turns = -(-turns // slabs)
+            if stages <= block_turns:
+                yield replace(tile, slabs=-(-turns // block_turns))
+
+
+def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
+    """What ranks tiles."""
+    held = target.multiprocessors * tile.blocks(target)
+    return (
+        -(-g.K * tile.slabs // held)
+        * _block_turns(g, tile)
+        * tile.planes
+        * tile.blocks(target)
+        / math.sqrt(tile.planes)
+    )
