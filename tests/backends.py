@@ -10,7 +10,7 @@ import hostcuda
 import numpy as np
 import pytest
 
-from cuconv import depthwise, kernels, pointwise, separable
+from cuconv import depthwise, kernels, pointwise, separable, separable_backward
 
 GUARD = 4096  # elements around an output, more than any tile is wide
 
@@ -26,6 +26,7 @@ def forget_kernels() -> None:
         pointwise._kernel,
         pointwise._wgrad_kernels,
         separable._launch,
+        separable_backward._part_kernels,
     ):
         memoised.cache_clear()
 

@@ -22,7 +22,7 @@ FLOORS = (
     {"geometry"},
     {"plan", "reference", "interop"},
     {"kernels"},
-    {"batchnorm", "depthwise", "pointwise", "separable"},
+    {"batchnorm", "depthwise", "pointwise", "separable", "separable_backward"},
     {"__init__"},
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import oracle
 import pytest
@@ -10,6 +12,7 @@ from test_pointwise import LAYOUTS, TORCH
 from test_separable import CASES, ROUNDOFF, numbers_of, random_arrays
 from torch.nn import functional
 
+import cuconv
 from cuconv import kernels, plan, reference
 from cuconv.geometry import separable_geometry
 from cuconv.plan import separable
@@ -87,3 +90,94 @@ def test_only_what_is_asked_for_is_made(rng, wanted):
             assert getattr(one, name).dtype == np.float32
         else:
             assert getattr(one, name) is None
+
+
+def slopes(activation, z):
+    z = torch.from_numpy(z).requires_grad_()
+    value = z * 1.0 if activation is None else TORCH[activation](z)
+    value.sum().backward()
+    return value.detach().numpy(), z.grad.numpy()
+
+
+def bounds_of_gradients(dy, arrays, activations, numbers):
+    """Of every gradient how far rounding may bring it from exact_gradients: of the middle and its gradient twice their
+    unit roundoff and the errors of their sums, of dy, where a slope is its factor, likewise, as sums pass them on; of
+    the result its own roundoff. Slopes are at most 1.5 times as large as arguments move, away from their jumps."""
+    name = arrays[0].dtype.name
+    x, w, pointwise, bias, pointwise_bias = (np.asarray(a, np.float64) for a in arrays)
+    dy = np.asarray(dy, np.float64)
+    u, u_sum = ROUNDOFF[name], 2.0**-53 if name == "float64" else 2.0**-24
+    taps, matrix = w.shape[2] * w.shape[3], pointwise[:, :, 0, 0]
+    K, channels = matrix.shape
+
+    def mixed(matrix, images):
+        return np.einsum("kc,ncpq->nkpq", matrix, images)
+
+    before = oracle.convolve(x, w, bias, **numbers)
+    of_before = (taps + 17) * u_sum * oracle.convolve(np.abs(x), np.abs(w), np.abs(bias), **numbers)
+    middle, slope = slopes(activations[0], before)
+    of_middle = 1.5 * of_before + 2 * u * np.abs(middle)
+    dz, of_dz = dy, 0 * dy
+    if activations[1] is not None:
+        z = mixed(matrix, middle) + pointwise_bias[:, None, None]
+        magnitude = mixed(np.abs(matrix), np.abs(middle)) + np.abs(pointwise_bias)[:, None, None]
+        of_z = mixed(np.abs(matrix), of_middle) + (channels + 17) * u_sum * magnitude + 2 * u * np.abs(z)
+        slope_of_dz = slopes(activations[1], z)[1]
+        dz = dy * slope_of_dz
+        of_dz = 1.5 * np.abs(dy) * of_z + 2 * u * np.abs(dz)
+    gradient = mixed(matrix.T, dz)
+    of_gradient = mixed(np.abs(matrix).T, of_dz + (K + 17) * u_sum * np.abs(dz)) + 2 * u * np.abs(gradient)
+    of_gradient = np.abs(slope) * of_gradient + 1.5 * of_before * np.abs(gradient)
+    gradient = gradient * slope
+    of_gradient += 2 * u * np.abs(gradient)
+
+    terms = (dz.size // K + 17) * u_sum
+    size = np.abs(gradient) + of_gradient
+    dx = oracle.dgrad(of_gradient + (w.size // x.shape[1] + 17) * u_sum * size, np.abs(w), x.shape, **numbers)
+    dw, dbias = oracle.wgrad(of_gradient + terms * size, np.abs(x), w.shape, **numbers)
+    magnitude = np.abs(middle) + of_middle
+    dpointwise = np.einsum("nkpq,ncpq->kc", of_dz + terms * np.abs(dz), magnitude)
+    dpointwise += np.einsum("nkpq,ncpq->kc", np.abs(dz), of_middle)
+    dpointwise_bias = (of_dz + terms * np.abs(dz)).sum((0, 2, 3))
+    return dx, dw, dpointwise.reshape(pointwise.shape), dbias, dpointwise_bias
+
+
+def assert_gradients(got, dy, arrays, activations, numbers):
+    exact = exact_gradients(dy, arrays, activations, numbers)
+    bounds = bounds_of_gradients(dy, arrays, activations, numbers)
+    u = ROUNDOFF[arrays[0].dtype.name]
+    for name, gradient, right, bound in zip(NAMES, got, exact, bounds, strict=True):
+        assert gradient.shape == right.shape, name
+        error = np.abs(np.asarray(gradient, np.float64) - right)
+        ratio = error / (u * np.abs(right) + bound + 2.0**-24)
+        assert ratio.max() <= 1, (
+            f"{name} is at {np.unravel_index(ratio.argmax(), ratio.shape)} {ratio.max()} bounds off"
+        )
+        assert np.count_nonzero(right)
+
+
+def on_device(device, arrays, layout):
+    return [device.array(a, layout if i == 0 else "nchw") for i, a in enumerate(arrays)]
+
+
+def in_order(arrays):
+    """As separable_conv2d takes them, from the order of its gradients."""
+    return arrays
+
+
+@pytest.mark.parametrize(("dtype", "layout"), list(product(oracle.DTYPES, LAYOUTS)))
+@pytest.mark.parametrize("name", CASES)
+def test_every_variant_matches_float64(device, rng, name, dtype, layout):
+    arrays = random_arrays(rng, name, dtype)
+    numbers = numbers_of(name)
+    g = separable_geometry(arrays[0].shape, arrays[1].shape, arrays[2].shape, **numbers)
+    dy = rng.standard_normal(g.y_shape).astype(arrays[0].dtype)
+    given = on_device(device, arrays, layout)
+    outs, guards = zip(
+        *(device.guarded(a.shape, a.dtype, layout if i == 0 else "nchw") for i, a in enumerate(arrays)), strict=True
+    )
+    got = cuconv.separable_conv2d_backward(device.array(dy, layout), *given, **numbers, out=outs)
+    assert all(a is b for a, b in zip(got, outs, strict=True))
+    assert_gradients(list(map(device.host, got)), dy, arrays, (None, None), numbers)
+    for guard in guards:
+        guard.assert_untouched()

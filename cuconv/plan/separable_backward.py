@@ -1,0 +1,198 @@
+"""The gradients of a separable convolution, in memory that has no room for what is in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from ..geometry import Conv2dGeometry, Pair, PointwiseGeometry, SeparableGeometry
+from .base import DTYPES, Plan, Target
+from .wgrad import WgradPlan, sum_bytes
+
+# Of the bytes of x, what may be allocated besides inputs and results.
+WORKSPACE_SHARE = 0.05
+# Of that, what pieces may take: the rest is for the sums of weights and what the allocator rounds up.
+_PIECES_SHARE = 0.8
+# Of that, what the partial sums of pointwise weights may take.
+_PARTIALS_SHARE = 0.2
+_ALIGNMENT = 256
+_ACTIVATION_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of the depthwise result and those of x that they are made of, or that they make the gradient of, with
+    the padding that makes a convolution of them by themselves."""
+
+    first: int  # of the result
+    end: int
+    first_of_x: int
+    end_of_x: int
+    padding: Pair
+
+    @property
+    def count(self) -> int:
+        return self.end - self.first
+
+    @property
+    def count_of_x(self) -> int:
+        return self.end_of_x - self.first_of_x
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Images, and of each of them the rows of the middle that sums are made over, None where there is none, and rows
+    that some rows of dx are made from."""
+
+    first_image: int
+    end_image: int
+    summed: Rows | None
+    of_dx: Rows
+
+    @property
+    def images(self) -> int:
+        return self.end_image - self.first_image
+
+
+def rows_forward(g: Conv2dGeometry, first: int, end: int) -> Rows:
+    """Rows of the result, and all rows of x that they are made of. The first of them is to begin within x or above."""
+    top, stride = g.padding[0][0], g.stride[0]
+    reach = g.dilation[0] * (g.R - 1) + 1
+    start, stop = first * stride - top, (end - 1) * stride - top + reach
+    first_of_x = max(0, start)
+    end_of_x = max(first_of_x + 1, min(g.H, stop))
+    return Rows(first, end, first_of_x, end_of_x, (first_of_x - start, max(0, stop - end_of_x)))
+
+
+def rows_of_gradient(g: Conv2dGeometry, first_of_x: int, end_of_x: int) -> Rows:
+    """Rows of x, and all rows of the result that they take part in; one row at least."""
+    top, stride = g.padding[0][0], g.stride[0]
+    reach = g.dilation[0] * (g.R - 1) + 1
+    below = min(g.P - 1, (first_of_x + top) // stride)  # the last one that does not begin below the first row
+    first = min(below, max(0, -((reach - 1 - first_of_x - top) // stride)))
+    end = max(first + 1, min(g.P, (end_of_x - 1 + top) // stride + 1))
+    above = top + first_of_x - first * stride
+    behind = (end - first - 1) * stride + reach - (end_of_x - first_of_x) - above
+    return Rows(first, end, first_of_x, end_of_x, (above, max(0, behind)))
+
+
+def part_of(g: SeparableGeometry, images: int, rows: Rows) -> SeparableGeometry:
+    """The convolution of these rows by themselves, as arrays (N, C, H, W)."""
+    depthwise = replace(
+        g.depthwise,
+        N=images,
+        H=rows.count_of_x,
+        P=rows.count,
+        padding=(rows.padding, g.depthwise.padding[1]),
+        channels_last=False,
+    )
+    pointwise = replace(g.pointwise, N=images, H=rows.count, P=rows.count, channels_last=False)
+    return SeparableGeometry(depthwise, pointwise)
+
+
+def pieces(g: SeparableGeometry, images: int, cuts: int) -> Iterator[Piece]:
+    """All of the batch, so many images at a time, or one, cut into so many parts of about as many rows."""
+    depthwise = g.depthwise
+    # Rows of the middle that are made of padding alone are parts of the first piece and the last.
+    top, stride = depthwise.padding[0][0], depthwise.stride[0]
+    reach = depthwise.dilation[0] * (depthwise.R - 1) + 1
+    least, most = max(1, -((reach - 1 - top) // stride) + 1), (depthwise.H - 1 + top) // stride
+    inner = (max(least, min(most, i * depthwise.P // cuts)) for i in range(1, cuts))
+    starts = [0, *(start if start <= most else depthwise.P for start in inner), depthwise.P]
+    starts_of_x = [i * depthwise.H // cuts for i in range(cuts + 1)]
+    for first_image in range(0, depthwise.N, images):
+        end_image = min(depthwise.N, first_image + images)
+        for i in range(cuts):
+            summed = rows_forward(depthwise, starts[i], starts[i + 1]) if starts[i] < starts[i + 1] else None
+            yield Piece(first_image, end_image, summed, rows_of_gradient(depthwise, starts_of_x[i], starts_of_x[i + 1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The arrays of a piece."""
+
+    x: tuple[int, int, int, int]
+    dy: tuple[int, int, int, int]
+    middle: tuple[int, int, int, int]
+
+
+def shapes_of(part: SeparableGeometry) -> Shapes:
+    return Shapes(part.depthwise.x_shape, part.y_shape, part.depthwise.y_shape)
+
+
+def part_bytes(part: SeparableGeometry, size: int, slope: bool) -> int:
+    """What the arrays of a part take, one behind the other: x, dy, two of the middle, dx, and z where dy is to be
+    multiplied by a slope."""
+    s = shapes_of(part)
+    return sum(
+        aligned_bytes(shape, size) for shape in (s.x, s.dy, s.middle, s.middle, s.x, *((s.dy,) if slope else ()))
+    )
+
+
+def aligned_bytes(shape: tuple[int, ...], size: int) -> int:
+    return -(-prod(shape) * size // _ALIGNMENT) * _ALIGNMENT
+
+
+def fitting_pieces(g: SeparableGeometry, dtype: str, slope: bool) -> tuple[Piece, ...]:
+    """As few pieces as fit their share of the workspace, or as many as there are."""
+    depthwise = g.depthwise
+    size = sum_bytes(dtype)
+    most = WORKSPACE_SHARE * _PIECES_SHARE * (1 - _PARTIALS_SHARE) * depthwise.x_size * DTYPES[dtype][1]
+
+    def bytes_of(piece: Piece) -> int:
+        return max(
+            part_bytes(part_of(g, piece.images, rows), size, slope)
+            for rows in (piece.summed, piece.of_dx)
+            if rows is not None
+        )
+
+    of_image = bytes_of(next(pieces(g, 1, 1)))
+    if of_image <= most:
+        return tuple(pieces(g, min(depthwise.N, int(most // of_image)), 1))
+    rows = min(depthwise.P, depthwise.H)
+    cuts = 1
+    while cuts < rows:
+        cuts = min(rows, 2 * cuts)
+        if max(bytes_of(piece) for piece in pieces(replace_images(g, 1), 1, cuts)) <= most:
+            break
+    return tuple(pieces(g, 1, cuts))
+
+
+def replace_images(g: SeparableGeometry, images: int) -> SeparableGeometry:
+    return SeparableGeometry(replace(g.depthwise, N=images), replace(g.pointwise, N=images))
+
+
+def partials_bytes(g: SeparableGeometry, dtype: str) -> int:
+    """What partial sums of pointwise weights may take."""
+    return int(WORKSPACE_SHARE * _PIECES_SHARE * _PARTIALS_SHARE * g.depthwise.x_size * DTYPES[dtype][1])
+
+
+def within_bytes(chosen: WgradPlan, g: PointwiseGeometry, most: int) -> WgradPlan:
+    """The plan with as few slabs as take so many bytes, or one."""
+    if chosen.reduce is None or chosen.workspace_bytes <= most:
+        return chosen
+    reduce_parameters, parameters = dict(chosen.reduce.parameters), dict(chosen.sums.parameters)
+    slab_bytes = chosen.workspace_bytes // reduce_parameters["slabs"]
+    depth = int(dict(chosen.sums.defines)["DEPTH"])
+    pixels = g.N * g.P * g.Q
+    slab = -(-pixels // max(1, most // slab_bytes))
+    slab = -(-slab // depth) * depth
+    slabs = -(-pixels // slab)
+    parameters["slab_pixels"], reduce_parameters["slabs"] = slab, slabs
+    sums = replace(chosen.sums, grid=(chosen.sums.grid[0], slabs, 1), parameters=tuple(parameters.items()))
+    reduce = replace(chosen.reduce, parameters=tuple(reduce_parameters.items()))
+    return WgradPlan(sums, reduce, slabs * slab_bytes)
+
+
+def activation_slope(elements: int, dtype: str, activation: str, target: Target) -> Plan:
+    """The plan of cuda/activation_slope.cu, on so many elements."""
+    blocks = min(-(-elements // _ACTIVATION_THREADS), 8 * target.multiprocessors)
+    return Plan(
+        source="activation_slope",
+        defines=(("T", DTYPES[dtype][0]), ("ACTIVATION", activation)),
+        grid=(blocks, 1, 1),
+        block=_ACTIVATION_THREADS,
+        shared_bytes=0,
+        parameters=(("total_elements", elements),),
+    )
