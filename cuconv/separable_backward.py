@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -144,8 +145,15 @@ def separable_conv2d_backward(
             )
         )
         if call.geometry.depthwise.N and wanted:
-            # 3. Plan, 4. kernels, and 5. launch.
-            _in_pieces(call, epilogue, dy, inputs, results)
+            # 3. Plan, and 4. kernels: found again once they are known.
+            arrays = dy, *inputs, results.x
+            aligned = not any(interop.address(array) % plan.VECTOR_BYTES for array in arrays)
+            launch = _launch(call.geometry, call.dtype, epilogue, wanted, call.device, plan.forced_variant(), aligned)
+            # 5. Launch.
+            if launch is not None:
+                launch(dy, inputs, results)
+            else:
+                _in_pieces(call, epilogue, dy, inputs, results)
         else:
             for gradient in results:
                 if gradient is not None:
@@ -229,6 +237,77 @@ def _check(
 
 # The kernel of the sums, that which adds those of slabs where there are several, and the workspace's bytes.
 _Sums = tuple[kernels.Kernel, kernels.Kernel | None, int]
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    geometry: SeparableGeometry,
+    dtype: str,
+    epilogue: plan.SeparableEpilogue,
+    wanted: frozenset[str],
+    device_id: int,
+    forced: str | None,
+    aligned: bool,
+) -> Callable[[Any, SeparableGradients, SeparableGradients], None] | None:
+    """Called with dy, the inputs and where their gradients are wanted; None where they are to be made in pieces."""
+    target = kernels.target(device_id)
+    chosen = plan.separable_gradients(geometry, dtype, epilogue, wanted, target, forced, aligned)
+    if chosen is None:
+        return None
+    depthwise, pointwise, tf32 = geometry.depthwise, geometry.pointwise, epilogue.allow_tf32
+    bias = "pointwise_bias" in wanted
+    wants_pointwise = bool(wanted & {"pointwise_w", "pointwise_bias"})
+
+    def load_sums(chosen: plan.WgradPlan) -> _Sums:
+        reduce = None if chosen.reduce is None else kernels.load(chosen.reduce, device_id)
+        return kernels.load(chosen.sums, device_id), reduce, chosen.workspace_bytes
+
+    middle = activate = None
+    if chosen.pointwise is not None:
+        of_pointwise = load_sums(chosen.pointwise)
+    elif wants_pointwise:
+        middle = kernels.load(plan.depthwise_forward(depthwise, dtype, target, None, aligned), device_id)
+        if epilogue.depthwise_activation is not None:
+            of_middle = plan.activate(depthwise.y_size, dtype, epilogue.depthwise_activation, target)
+            activate = kernels.load(of_middle, device_id)
+        sums = plan.pointwise_wgrad(pointwise, dtype, bias, tf32, target, None, aligned)
+        of_pointwise = load_sums(
+            separable_backward.within_bytes(sums, pointwise, separable_backward.partials_bytes(geometry, dtype))
+        )
+    planes = load_sums(chosen.planes)
+    gradient_plan = plan.pointwise_conv(pointwise, dtype, True, plan.Epilogue(tf32), target, None, aligned)
+    gradient = kernels.load(gradient_plan, device_id)
+
+    def launch(dy: Any, inputs: SeparableGradients, results: SeparableGradients) -> None:
+        x, depthwise_w, pointwise_w, depthwise_bias, _ = map(interop.address, inputs)
+        dy_address, dx = interop.address(dy), interop.address(results.x)
+        dtype = inputs.x.dtype
+        if wants_pointwise:
+            dw = interop.output(results.pointwise_w, inputs.pointwise_w.shape, dtype)
+            written = dw.data.ptr, interop.address(results.pointwise_bias)
+            sums, reduce, size = of_pointwise
+            if middle is None:
+                # Until the middle's gradient is there the memory of dx has room, if for one slab.
+                has_room = size <= results.x.nbytes and dx % interop.ALIGNMENT == 0
+                partials = results.x if has_room else interop.workspace(None, size)
+                sums(dy_address, x, depthwise_w, depthwise_bias, interop.address(partials))
+            else:
+                middle(x, depthwise_w, depthwise_bias, dx)
+                if activate is not None:
+                    activate(dx)
+                partials = interop.workspace(None, size)
+                sums(dy_address, dx, interop.address(partials), *written)
+            if reduce is not None:
+                reduce(interop.address(partials), *written)
+        gradient(dy_address, pointwise_w, 0, dx)
+        sums, reduce, size = planes
+        dw = interop.output(results.depthwise_w, inputs.depthwise_w.shape, dtype)
+        partials = interop.workspace(None, size)
+        sums(dx, x, depthwise_w, depthwise_bias, partials.data.ptr)
+        if reduce is not None:
+            reduce(partials.data.ptr, dw.data.ptr, interop.address(results.depthwise_bias))
+
+    return launch
 
 
 class _PartKernels(NamedTuple):

@@ -26,6 +26,7 @@ def forget_kernels() -> None:
         pointwise._kernel,
         pointwise._wgrad_kernels,
         separable._launch,
+        separable_backward._launch,
         separable_backward._part_kernels,
     ):
         memoised.cache_clear()

@@ -24,6 +24,7 @@ from . import (
     pointwise,
     runs,
     separable,
+    separable_backward,
     tiles,
     toeplitz,
     wgrad,
@@ -37,6 +38,7 @@ from . import (
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .pointwise import Epilogue
 from .separable import SeparableEpilogue, activate
+from .separable_backward import InPlace
 from .wgrad import WgradPlan
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "VARIANTS",
     "VECTOR_BYTES",
     "Epilogue",
+    "InPlace",
     "Plan",
     "SeparableEpilogue",
     "Target",
@@ -60,6 +63,7 @@ __all__ = [
     "pointwise_conv",
     "pointwise_wgrad",
     "separable_conv",
+    "separable_gradients",
     "variant",
 ]
 
@@ -101,6 +105,12 @@ _WGRAD = {
 _POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
 _SEPARABLE: dict[str, Callable[..., Plan | None]] = {"fused": separable.fused, "apart": lambda *_: None}
+# In the memory of dx, or by pieces of the batch.
+_SEPARABLE_BACKWARD: dict[str, Callable[..., InPlace | None]] = {
+    "recomputed": separable_backward.recomputed,
+    "stored": separable_backward.stored,
+    "pieces": lambda *_: None,
+}
 _POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
 
 # Of these, those that are asked before all others: each says where.
@@ -118,7 +128,7 @@ _BEATS_OTHERS_OF_WGRAD = {
     "channels_last_runs": wgrad_channels_last_runs.beats_others,
 }
 
-VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE, *_SEPARABLE)))
+VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE, *_SEPARABLE, *_SEPARABLE_BACKWARD)))
 
 _forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
 
@@ -225,7 +235,22 @@ def separable_conv(
     return _first_suitable(_SEPARABLE, {}, forced, geometry, dtype, epilogue, target, aligned)
 
 
-_Chosen = TypeVar("_Chosen", Plan, WgradPlan, Plan | None)
+@lru_cache(maxsize=4096)
+def separable_gradients(
+    geometry: SeparableGeometry,
+    dtype: str,
+    epilogue: SeparableEpilogue,
+    wanted: frozenset[str],
+    target: Target,
+    forced: str | None = None,
+    aligned: bool = True,
+) -> InPlace | None:
+    """The plans of those gradients of a separable convolution that are wanted, in the memory of dx, or None where they
+    are made by pieces of the batch; aligned speaks of all arrays."""
+    return _first_suitable(_SEPARABLE_BACKWARD, {}, forced, geometry, dtype, epilogue, wanted, target, aligned)
+
+
+_Chosen = TypeVar("_Chosen", Plan, WgradPlan, Plan | None, InPlace | None)
 
 
 def _first_suitable(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 from ..geometry import Conv2dGeometry, Pair, PointwiseGeometry, SeparableGeometry
-from .base import DTYPES, Plan, Target
-from .wgrad import WgradPlan, sum_bytes
+from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
+from .separable import SeparableEpilogue, wgrad
+from .wgrad import WgradPlan, sum_bytes, with_reduce_of
 
 # Of the bytes of x, what may be allocated besides inputs and results.
 WORKSPACE_SHARE = 0.05
@@ -196,3 +197,181 @@ def activation_slope(elements: int, dtype: str, activation: str, target: Target)
         shared_bytes=0,
         parameters=(("total_elements", elements),),
     )
+
+
+# Weights, sums and the rows that they meet are registers of a thread of cuda/separable_planes.cu.
+_PLANES_TAPS = 25
+_PLANES_THREADS = 256
+_PLANES_ROWS = (8, 16, 32)
+# Of the bytes of x, what its partial sums may take.
+_PLANES_PARTIALS_SHARE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class PlanesTile:
+    """What a block of cuda/separable_planes.cu works on at a time: so many planes whole, or rows of one."""
+
+    planes: int
+    rows: int
+    whole: bool
+    threads: int
+    vector: int
+    slot: int  # elements
+    shared: int
+    blocks: int  # of a multiprocessor
+
+
+def planes(
+    g: Conv2dGeometry, dtype: str, bias: bool, epilogue: SeparableEpilogue, target: Target, aligned: bool
+) -> WgradPlan:
+    """The plans of cuda/separable_planes.cu, of (gradient and dx, x, w, bias, workspace), and of the sums of slabs;
+    aligned speaks of the first two."""
+    if target.architecture < 80:
+        raise Unsuitable("needs copies of compute capability 8.0 or newer")
+    if g.channels_last:
+        raise Unsuitable("takes arrays (N, C, H, W), and these are channels-last")
+    if g.stride != (1, 1) or g.multiplier > 1 or (g.P, g.Q) != (g.H, g.W):
+        raise Unsuitable("takes a depthwise result of the shape of x")
+    if g.R * g.S > _PLANES_TAPS:
+        raise Unsuitable(f"takes at most {_PLANES_TAPS} taps, and the kernel has {g.R} x {g.S}")
+    size = DTYPES[dtype][1]
+    fitting = [t for t in _planes_tiles(g, dtype, bias, target, aligned) if t.blocks]
+    if not fitting:
+        raise Unsuitable(f"rows of {g.W} elements, as many as the taps reach over, do not fit shared memory")
+    # As many threads as can be, since they hide each other's loads.
+    t = max(fitting, key=lambda t: (min(t.blocks * _columns(g, t), 1024), -t.shared))
+    groups = -(-g.C // t.planes)
+    most = max(1, int(_PLANES_PARTIALS_SHARE * g.x_size * size / (g.K * (g.R * g.S + bias) * sum_bytes(dtype))))
+    slabs = max(1, min(g.N, most, MAX_GRID[1], -(-2 * target.multiprocessors * t.blocks // groups)))
+    slab_images = -(-g.N // slabs)
+    slabs = -(-g.N // slab_images)
+    (top, _), (left, _) = g.padding
+    own = -1
+    if top % g.dilation[0] == 0 and left % g.dilation[1] == 0:
+        r, s = top // g.dilation[0], left // g.dilation[1]
+        own = r * g.S + s if r < g.R and s < g.S else -1
+    sums = Plan(
+        source="separable_planes",
+        defines=(
+            ("T", DTYPES[dtype][0]),
+            ("R", g.R),
+            ("S", g.S),
+            ("WHOLE", int(t.whole)),
+            ("RING", 2 if t.whole else 4),
+            ("VECTOR", t.vector),
+            ("SLIDES", int(g.dilation[0] == 1)),
+            ("OWN", own),
+            ("BIAS", int(bias)),
+            ("ACTIVE", int(epilogue.depthwise_activation is not None)),
+            ("ACTIVATION", epilogue.depthwise_activation or "none"),
+            ("THREADS", t.threads),
+            ("BLOCKS", t.blocks),
+        ),
+        grid=(groups, slabs, 1),
+        block=t.threads,
+        shared_bytes=t.shared,
+        parameters=(
+            ("N", g.N),
+            ("C", g.C),
+            ("H", g.H),
+            ("W", g.W),
+            ("top", top),
+            ("left", left),
+            ("dilation_h", g.dilation[0]),
+            ("dilation_w", g.dilation[1]),
+            ("planes", t.planes),
+            ("rows", t.rows),
+            ("chunks", 1 if t.whole else -(-g.H // t.rows)),
+            ("slab_images", slab_images),
+            ("slot", t.slot),
+            ("x_slot", t.slot if t.whole else t.slot + t.vector),
+        ),
+    )
+    return with_reduce_of(sums, slabs, g.K, g.R * g.S, dtype, bias)
+
+
+def _columns(g: Conv2dGeometry, t: PlanesTile) -> int:
+    """Threads of a block that have a column, on average."""
+    return t.planes * g.W if t.whole else g.W // -(-g.W // t.threads)
+
+
+def _planes_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[PlanesTile]:
+    size = DTYPES[dtype][1]
+    widest = VECTOR_BYTES // size if aligned else 1
+    # What a thread needs, by what compilers took.
+    registers = min(255, (24 + 11 * g.R * g.S // 2) * sum_bytes(dtype) // 4)
+
+    def tile(planes: int, rows: int, whole: bool, threads: int, vector: int) -> PlanesTile:
+        slot = planes * rows * g.W
+        if whole:
+            slot = -(-slot // vector) * vector + vector
+        shared = size * ((2 if whole else 4) * slot + vector + 2 * (slot if whole else slot + vector))
+        shared = max(shared, threads * (g.R * g.S + bias) * sum_bytes(dtype))
+        shared = -(-shared // VECTOR_BYTES) * VECTOR_BYTES
+        blocks = min(
+            target.shared_per_multiprocessor // (shared + SHARED_RESERVE),
+            65536 // (-(-registers // 8) * 8 * threads),
+            32,
+        )
+        if shared > target.shared_per_block - SHARED_RESERVE:
+            blocks = 0
+        return PlanesTile(planes, rows, whole, threads, vector, slot, shared, blocks)
+
+    for planes in range(1, min(g.C, _PLANES_THREADS // g.W) + 1):
+        yield tile(planes, g.H, True, -(-planes * g.W // 32) * 32, widest)
+    passes = -(-g.W // _PLANES_THREADS)
+    columns = -(-g.W // passes)
+    threads = -(-columns // 32) * 32
+    vector = gcd(g.C * g.H * g.W, widest)
+    if vector * size < 4:
+        vector = 1
+    top, reach = g.padding[0][0], g.dilation[0] * (g.R - 1)
+    for rows in _PLANES_ROWS:
+        # What a chunk is made from lies in it and in its neighbours.
+        if max(top, reach - top) <= rows < g.H and rows % vector == 0:
+            yield tile(1, rows, False, threads, vector)
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """Gradients whose own memory is room for what is in between: that of dx first for partial sums or for the middle,
+    then for the middle's gradient, which becomes dx.
+
+    pointwise makes the middle itself; where it is None, and pointwise gradients are wanted, the middle is to be stored.
+    """
+
+    pointwise: WgradPlan | None
+    planes: WgradPlan
+
+
+def recomputed(
+    g: SeparableGeometry,
+    dtype: str,
+    epilogue: SeparableEpilogue,
+    wanted: frozenset[str],
+    target: Target,
+    aligned: bool,
+) -> InPlace:
+    """In place, with the middle made on chip."""
+    made = stored(g, dtype, epilogue, wanted, target, aligned)
+    if not wanted & {"pointwise_w", "pointwise_bias"}:
+        return made
+    sums = wgrad(g, dtype, "pointwise_bias" in wanted, epilogue, target, aligned)
+    sums = within_bytes(sums, g.pointwise, g.depthwise.x_size * DTYPES[dtype][1])
+    return replace(made, pointwise=sums)
+
+
+def stored(
+    g: SeparableGeometry,
+    dtype: str,
+    epilogue: SeparableEpilogue,
+    wanted: frozenset[str],
+    target: Target,
+    aligned: bool,
+) -> InPlace:
+    """In place, with the middle where dx will be."""
+    if "x" not in wanted:
+        raise Unsuitable("takes the memory of dx, which is not wanted")
+    if epilogue.pointwise_activation is not None:
+        raise Unsuitable("takes no pointwise activation")
+    return InPlace(None, planes(g.depthwise, dtype, "depthwise_bias" in wanted, epilogue, target, aligned))
