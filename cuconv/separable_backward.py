@@ -321,12 +321,13 @@ class _PartKernels(NamedTuple):
     gradient: kernels.Kernel
     slope_of_gradient: kernels.Kernel | None
     depthwise_wgrad: _Sums
-    dgrad: kernels.Kernel
+    dgrad: kernels.Kernel | None
 
 
 @lru_cache(maxsize=4096)
 def _part_kernels(
     part: SeparableGeometry,
+    of_dx: SeparableGeometry | None,
     dtype: str,
     epilogue: plan.SeparableEpilogue,
     partials_bytes: int,
@@ -357,7 +358,7 @@ def _part_kernels(
         if before
         else None,
         depthwise_wgrad=load_sums(plan.depthwise_wgrad(depthwise, dtype, True, target, None, True)),
-        dgrad=load(plan.depthwise_dgrad(depthwise, dtype, target, None, aligned)),
+        dgrad=None if of_dx is None else load(plan.depthwise_dgrad(of_dx.depthwise, dtype, target, None, aligned)),
     )
 
 
@@ -377,39 +378,7 @@ class _Room:
         return part.view(self._dtype).reshape(shape)
 
 
-class _Pass(NamedTuple):
-    """A part of a piece that is worked through at once, and whether sums of weights and dx are made of it."""
-
-    images: slice
-    rows: separable_backward.Rows
-    part: SeparableGeometry
-    makes_sums: bool
-    makes_dx: bool
-
-
-@lru_cache(maxsize=4096)
-def _passes(
-    geometry: SeparableGeometry, dtype: str, slope: bool, sums: bool, dx: bool
-) -> tuple[tuple[_Pass, ...], int]:
-    """The parts of all pieces, and the bytes of the largest."""
-    size = 8 if dtype == "float64" else 4
-    passes = []
-
-    def add(images: slice, rows: separable_backward.Rows, makes_sums: bool, makes_dx: bool) -> None:
-        part = separable_backward.part_of(geometry, images.stop - images.start, rows)
-        passes.append(_Pass(images, rows, part, makes_sums, makes_dx))
-
-    for piece in separable_backward.fitting_pieces(geometry, dtype, slope):
-        of_dx, summed = piece.of_dx, piece.summed
-        images = slice(piece.first_image, piece.end_image)
-        if summed and (of_dx.first, of_dx.end, of_dx.count_of_x) == (summed.first, summed.end, geometry.depthwise.H):
-            add(images, of_dx, sums, dx)
-            continue
-        if summed and sums:
-            add(images, summed, True, False)
-        if dx:
-            add(images, of_dx, False, True)
-    return tuple(passes), max((separable_backward.part_bytes(each.part, size, slope) for each in passes), default=0)
+_fitting_pieces = lru_cache(maxsize=4096)(separable_backward.fitting_pieces)
 
 
 def _in_pieces(
@@ -425,7 +394,7 @@ def _in_pieces(
     sums_pointwise = results.pointwise_w is not None or results.pointwise_bias is not None
     sums_depthwise = results.depthwise_w is not None or results.depthwise_bias is not None
     slope = epilogue.pointwise_activation is not None
-    passes, most = _passes(geometry, call.dtype, slope, sums, results.x is not None)
+    pieces, most = _fitting_pieces(geometry, call.dtype, slope, sums, results.x is not None)
 
     x = inputs.x
     depthwise_w, pointwise_w, depthwise_bias, pointwise_bias = (
@@ -438,10 +407,14 @@ def _in_pieces(
     addresses = [interop.address(a) for a in (depthwise_w, pointwise_w, depthwise_bias, pointwise_bias)]
     aligned = not any(address % plan.VECTOR_BYTES for address in addresses)
     partials_bytes = separable_backward.partials_bytes(geometry, call.dtype)
-    part_kernels = {
-        part: _part_kernels(part, wide, epilogue, partials_bytes, call.device, aligned) for _, _, part, _, _ in passes
-    }
-    partial_bytes = max((max(k.pointwise_wgrad[2], k.depthwise_wgrad[2]) for k in part_kernels.values()), default=0)
+
+    def kernels_of(piece: separable_backward.Piece) -> _PartKernels:
+        part = separable_backward.part_of(geometry, piece.images, piece.rows)
+        of_dx = piece.of_dx and separable_backward.part_of(geometry, piece.images, piece.of_dx)
+        return _part_kernels(part, of_dx, wide, epilogue, partials_bytes, call.device, aligned)
+
+    runs = list(map(kernels_of, pieces))
+    partial_bytes = max((max(run.pointwise_wgrad[2], run.depthwise_wgrad[2]) for run in runs), default=0)
     partials = interop.workspace(None, partial_bytes) if sums else None
     memory = interop.output(None, (most,), np.uint8)
 
@@ -454,39 +427,35 @@ def _in_pieces(
         for i in (weights, bias):
             totals[i] += parts[i]
 
-    for images, rows, part, makes_sums, makes_dx in passes:
-        run = part_kernels[part]
+    for piece, run in zip(pieces, runs, strict=True):
         room = _Room(memory, wide)
-        shapes_of_part = separable_backward.shapes_of(part)
-        x_part, dy_part = room.array(shapes_of_part.x), room.array(shapes_of_part.dy)
-        middle, gradient, dx_part = (
-            room.array(shape) for shape in (shapes_of_part.middle, shapes_of_part.middle, shapes_of_part.x)
-        )
+        images, rows, of_dx = slice(piece.first_image, piece.end_image), piece.rows, piece.of_dx
+        x_part, dy_part, middle, gradient, *dx_part = map(room.array, separable_backward.shapes_of(geometry, piece))
         x_part[...] = x[images, :, rows.first_of_x : rows.end_of_x]
         dy_part[...] = dy[images, :, rows.first : rows.end]
-        if slope or (makes_sums and sums_pointwise):
+        if slope or (piece.summed and sums_pointwise):
             run.middle(x_part.data.ptr, addresses[0], addresses[2], middle.data.ptr)
             if run.activate is not None:
                 run.activate(middle.data.ptr)
         if run.pointwise is not None and run.slope_of_dy is not None:
-            z = room.array(shapes_of_part.dy)
+            z = room.array(dy_part.shape)
             run.pointwise(middle.data.ptr, addresses[1], addresses[3], z.data.ptr)
             run.slope_of_dy(dy_part.data.ptr, z.data.ptr)
             dy_part = z
-        if makes_sums and sums_pointwise:
+        if piece.summed and sums_pointwise:
             add(run.pointwise_wgrad, dy_part, middle, 1, 3)
-        if not makes_dx and not sums_depthwise:
+        if of_dx is None and not sums_depthwise:
             continue
         run.gradient(dy_part.data.ptr, addresses[1], 0, gradient.data.ptr)
         if run.slope_of_gradient is not None:
             run.middle(x_part.data.ptr, addresses[0], addresses[2], middle.data.ptr)
             run.slope_of_gradient(gradient.data.ptr, middle.data.ptr)
             gradient = middle
-        if makes_sums and sums_depthwise:
+        if piece.summed and sums_depthwise:
             add(run.depthwise_wgrad, gradient, x_part, 0, 2)
-        if makes_dx:
-            run.dgrad(gradient.data.ptr, addresses[0], 0, dx_part.data.ptr)
-            results.x[images, :, rows.first_of_x : rows.end_of_x] = dx_part
+        if of_dx is not None and run.dgrad is not None:
+            run.dgrad(gradient.data.ptr, addresses[0], 0, dx_part[0].data.ptr)
+            results.x[images, :, of_dx.first_of_x : of_dx.end_of_x] = dx_part[0]
     for result, total in zip(of_weights[1:], totals, strict=True):
         if result is not None:
             result[...] = total.reshape(result.shape)

@@ -43,13 +43,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Images, and of each of them the rows of the middle that sums are made over, None where there is none, and rows
-    that some rows of dx are made from."""
+    """Images, and of each of them some rows of the middle, with those of x that they are made of. Sums are made over
+    them, or not, and from their gradient rows of dx, or none."""
 
     first_image: int
     end_image: int
-    summed: Rows | None
-    of_dx: Rows
+    rows: Rows
+    summed: bool
+    of_dx: Rows | None
 
     @property
     def images(self) -> int:
@@ -92,7 +93,7 @@ def part_of(g: SeparableGeometry, images: int, rows: Rows) -> SeparableGeometry:
     return SeparableGeometry(depthwise, pointwise)
 
 
-def pieces(g: SeparableGeometry, images: int, cuts: int) -> Iterator[Piece]:
+def pieces(g: SeparableGeometry, images: int, cuts: int, sums: bool, dx: bool) -> Iterator[Piece]:
     """All of the batch, so many images at a time, or one, cut into so many parts of about as many rows."""
     depthwise = g.depthwise
     # Rows of the middle that are made of padding alone are parts of the first piece and the last.
@@ -105,59 +106,54 @@ def pieces(g: SeparableGeometry, images: int, cuts: int) -> Iterator[Piece]:
     for first_image in range(0, depthwise.N, images):
         end_image = min(depthwise.N, first_image + images)
         for i in range(cuts):
-            summed = rows_forward(depthwise, starts[i], starts[i + 1]) if starts[i] < starts[i + 1] else None
-            yield Piece(first_image, end_image, summed, rows_of_gradient(depthwise, starts_of_x[i], starts_of_x[i + 1]))
+            first, end = (starts[i], starts[i + 1]) if sums else (0, 0)
+            of_dx = rows_of_gradient(depthwise, starts_of_x[i], starts_of_x[i + 1]) if dx else None
+            together = of_dx is not None and (of_dx.first, of_dx.end) == (first, end)
+            if first < end:
+                rows = rows_forward(depthwise, first, end)
+                yield Piece(first_image, end_image, rows, True, of_dx if together else None)
+            if of_dx is not None and not together:
+                yield Piece(first_image, end_image, rows_forward(depthwise, of_dx.first, of_dx.end), False, of_dx)
 
 
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The arrays of a piece."""
-
-    x: tuple[int, int, int, int]
-    dy: tuple[int, int, int, int]
-    middle: tuple[int, int, int, int]
-
-
-def shapes_of(part: SeparableGeometry) -> Shapes:
-    return Shapes(part.depthwise.x_shape, part.y_shape, part.depthwise.y_shape)
+def shapes_of(g: SeparableGeometry, piece: Piece) -> tuple[tuple[int, int, int, int], ...]:
+    """Of a piece's arrays: x, dy, the middle, its gradient and, where it makes one, dx."""
+    part = part_of(g, piece.images, piece.rows)
+    dx = () if piece.of_dx is None else (part_of(g, piece.images, piece.of_dx).depthwise.x_shape,)
+    middle = part.depthwise.y_shape
+    return part.depthwise.x_shape, part.y_shape, middle, middle, *dx
 
 
-def part_bytes(part: SeparableGeometry, size: int, slope: bool) -> int:
-    """What the arrays of a part take, one behind the other: x, dy, two of the middle, dx, and z where dy is to be
-    multiplied by a slope."""
-    s = shapes_of(part)
-    return sum(
-        aligned_bytes(shape, size) for shape in (s.x, s.dy, s.middle, s.middle, s.x, *((s.dy,) if slope else ()))
-    )
+def piece_bytes(g: SeparableGeometry, piece: Piece, size: int, slope: bool) -> int:
+    """What the arrays of a piece take, with one of dy more where that is multiplied by a slope."""
+    shapes = shapes_of(g, piece)
+    return sum(aligned_bytes(shape, size) for shape in (*shapes, *shapes[1 : 1 + slope]))
 
 
 def aligned_bytes(shape: tuple[int, ...], size: int) -> int:
     return -(-prod(shape) * size // _ALIGNMENT) * _ALIGNMENT
 
 
-def fitting_pieces(g: SeparableGeometry, dtype: str, slope: bool) -> tuple[Piece, ...]:
-    """As few pieces as fit their share of the workspace, or as many as there are."""
+def fitting_pieces(
+    g: SeparableGeometry, dtype: str, slope: bool, sums: bool, dx: bool
+) -> tuple[tuple[Piece, ...], int]:
+    """As few pieces as fit their share of the workspace, or as many as there are, and the bytes of the largest; slope
+    says whether dy is multiplied by one."""
     depthwise = g.depthwise
     size = sum_bytes(dtype)
     most = WORKSPACE_SHARE * _PIECES_SHARE * (1 - _PARTIALS_SHARE) * depthwise.x_size * DTYPES[dtype][1]
 
-    def bytes_of(piece: Piece) -> int:
-        return max(
-            part_bytes(part_of(g, piece.images, rows), size, slope)
-            for rows in (piece.summed, piece.of_dx)
-            if rows is not None
-        )
+    def largest(of: SeparableGeometry, images: int, cuts: int) -> int:
+        return max((piece_bytes(of, piece, size, slope) for piece in pieces(of, images, cuts, sums, dx)), default=0)
 
-    of_image = bytes_of(next(pieces(g, 1, 1)))
-    if of_image <= most:
-        return tuple(pieces(g, min(depthwise.N, int(most // of_image)), 1))
+    of_one = replace_images(g, 1)
     rows = min(depthwise.P, depthwise.H)
-    cuts = 1
-    while cuts < rows:
+    images, cuts = min(depthwise.N, int(most // max(1, largest(of_one, 1, 1)))), 1
+    while not images and cuts < rows:
         cuts = min(rows, 2 * cuts)
-        if max(bytes_of(piece) for piece in pieces(replace_images(g, 1), 1, cuts)) <= most:
-            break
-    return tuple(pieces(g, 1, cuts))
+        images = int(largest(of_one, 1, cuts) <= most)
+    images = max(1, images)
+    return tuple(pieces(g, images, cuts, sums, dx)), largest(replace_images(g, images), images, cuts)
 
 
 def replace_images(g: SeparableGeometry, images: int) -> SeparableGeometry:
@@ -203,6 +199,8 @@ def activation_slope(elements: int, dtype: str, activation: str, target: Target)
 _PLANES_TAPS = 25
 _PLANES_THREADS = 256
 _PLANES_ROWS = (8, 16, 32)
+# Of a multiprocessor: beyond, more threads bring nothing.
+_ENOUGH_THREADS = 1024
 # Of the bytes of x, what its partial sums may take.
 _PLANES_PARTIALS_SHARE = 0.03
 
@@ -226,6 +224,16 @@ def planes(
 ) -> WgradPlan:
     """The plans of cuda/separable_planes.cu, of (gradient and dx, x, w, bias, workspace), and of the sums of slabs;
     aligned speaks of the first two."""
+    t = max(
+        # As many threads as can be with a column of their own, since they hide each other's loads.
+        planes_tiles(g, dtype, bias, target, aligned),
+        key=lambda t: (min(t.blocks * _columns(g, t), _ENOUGH_THREADS), -t.shared),
+    )
+    return planes_plan(g, dtype, bias, epilogue, target, t)
+
+
+def planes_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> list[PlanesTile]:
+    """All tiles that fit; Unsuitable where there is none."""
     if target.architecture < 80:
         raise Unsuitable("needs copies of compute capability 8.0 or newer")
     if g.channels_last:
@@ -234,12 +242,17 @@ def planes(
         raise Unsuitable("takes a depthwise result of the shape of x")
     if g.R * g.S > _PLANES_TAPS:
         raise Unsuitable(f"takes at most {_PLANES_TAPS} taps, and the kernel has {g.R} x {g.S}")
-    size = DTYPES[dtype][1]
-    fitting = [t for t in _planes_tiles(g, dtype, bias, target, aligned) if t.blocks]
+    fitting = [t for t in _all_tiles(g, dtype, bias, target, aligned) if t.blocks]
     if not fitting:
         raise Unsuitable(f"rows of {g.W} elements, as many as the taps reach over, do not fit shared memory")
-    # As many threads as can be, since they hide each other's loads.
-    t = max(fitting, key=lambda t: (min(t.blocks * _columns(g, t), 1024), -t.shared))
+    return fitting
+
+
+def planes_plan(
+    g: Conv2dGeometry, dtype: str, bias: bool, epilogue: SeparableEpilogue, target: Target, t: PlanesTile
+) -> WgradPlan:
+    """The plans of a tile."""
+    size = DTYPES[dtype][1]
     groups = -(-g.C // t.planes)
     most = max(1, int(_PLANES_PARTIALS_SHARE * g.x_size * size / (g.K * (g.R * g.S + bias) * sum_bytes(dtype))))
     slabs = max(1, min(g.N, most, MAX_GRID[1], -(-2 * target.multiprocessors * t.blocks // groups)))
@@ -295,7 +308,7 @@ def _columns(g: Conv2dGeometry, t: PlanesTile) -> int:
     return t.planes * g.W if t.whole else g.W // -(-g.W // t.threads)
 
 
-def _planes_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[PlanesTile]:
+def _all_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[PlanesTile]:
     size = DTYPES[dtype][1]
     widest = VECTOR_BYTES // size if aligned else 1
     # What a thread needs, by what compilers took.
