@@ -3,13 +3,14 @@
 // way. Stride 1, and results as large as the input.
 //
 // A block takes some planes of neighbouring channels, of one image after the other, as a sequence of chunks: all rows
-// of all its planes, or of its one plane some rows at a time. Chunks of the gradient pass through a ring in shared
+// of all its planes, or some rows at a time of its one plane or, channels-last, of its group of channels. Chunks of the gradient pass through a ring in shared
 // memory, some ahead; whatever a chunk of dx is written over is there by then, so that no other block has to wait. A
 // chunk of x lies beside it and is replaced by dx element by element, and leaves as one run. A thread owns a column and
 // slides down the rows: what it has of the gradient serves dx, as its factor is a weight, and the weight's own gradient,
 // as its factor is x.
 //
-// Compile-time values: T; R, S; WHOLE (whether a chunk is all rows); RING (chunks of the gradient in shared memory:
+// Compile-time values: T; CHANNELS_LAST; GROUP (channels of a block, channels-last, which is a copy: the arrays and all
+// their pixels start at multiples of it, and others lie one after the other; else 1); R, S; WHOLE (whether a chunk is all rows); RING (chunks of the gradient in shared memory:
 // those before, at and behind that of x, and one that is under way, or with whole planes two); VECTOR (elements of a
 // copy: the arrays start at multiples of it, and so do chunks within a plane); SLIDES (whether neighbouring kernel rows
 // meet neighbouring rows); OWN (the tap that meets an element's own place, or -1); BIAS (whether there is a dbias);
@@ -21,6 +22,8 @@
 using T = CUCONV_T;
 using Sum = Accumulator<T>;
 
+constexpr bool kChannelsLast = CUCONV_CHANNELS_LAST;
+constexpr int kGroup = CUCONV_GROUP;
 constexpr int kR = CUCONV_R;
 constexpr int kS = CUCONV_S;
 constexpr int kTaps = kR * kS;
@@ -33,10 +36,12 @@ constexpr bool kBias = CUCONV_BIAS;
 constexpr bool kActive = CUCONV_ACTIVE;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kWarp = 32;
+constexpr int kGroupBytes = kChannelsLast ? kGroup * sizeof(T) : 16;
 // Chunks of the gradient beyond that of x which dx is made from.
 constexpr int kAhead = kWhole ? 0 : 1;
 
 static_assert(kRing == (kWhole ? 2 : 4));
+static_assert(kChannelsLast ? kThreads % kGroup == 0 : kGroup == 1);
 
 struct Parameters {
   int N, C, H, W;
@@ -90,9 +95,22 @@ __device__ __forceinline__ void store_run(T* run, const T* shared, int count, in
   }
 }
 
+// Likewise of a group of channels, of which the pixels are `apart`.
+__device__ __forceinline__ void copy_pixels(T* shared, const T* pixels, int count, int apart, int thread) {
+  for (int i = thread; i < count; i += kThreads)
+    ptx::copy_async<kGroupBytes>(shared + i * kGroup, pixels + static_cast<int64>(i) * apart);
+}
+
+__device__ __forceinline__ void store_pixels(T* pixels, const T* shared, int count, int apart, int thread) {
+  using Piece = Vector<T, kGroup>;
+  for (int i = thread; i < count; i += kThreads)
+    *reinterpret_cast<Piece*>(pixels + static_cast<int64>(i) * apart) =
+        *reinterpret_cast<const Piece*>(shared + i * kGroup);
+}
+
 __device__ __forceinline__ bool finite(Sum value) { return value - value == Sum(0); }
 
-// The depthwise result at an element, before its activation.
+// The depthwise result at an element, before its activation; `plane` is where the channel of its image starts.
 __device__ __forceinline__ Sum result_at(const Parameters& g, const T* plane, const T* w, const T* bias, int channel,
                                          int p, int q) {
   Sum sum = bias != nullptr ? Sum(widen(bias[channel])) : Sum(0);
@@ -102,7 +120,8 @@ __device__ __forceinline__ Sum result_at(const Parameters& g, const T* plane, co
     for (int s = 0; s < kS; ++s) {
       const int v = q - g.left + s * g.dilation_w;
       const bool exists = within(h, g.H) && within(v, g.W);
-      const Sum value = exists ? Sum(widen(plane[static_cast<int64>(h) * g.W + v])) : Sum(0);
+      const int64 pixel = static_cast<int64>(h) * g.W + v;
+      const Sum value = exists ? Sum(widen(plane[kChannelsLast ? pixel * g.C : pixel])) : Sum(0);
       sum = fma(value, Sum(widen(w[channel * kTaps + r * kS + s])), sum);
     }
   }
@@ -120,7 +139,7 @@ __device__ __noinline__ void add_plainly(const Parameters& g, Sum x, Sum own, co
   }
 }
 
-// gradient (N, C, H, W) becomes dx; partials (slabs, taps and one for dbias, C).
+// gradient, as it lies, becomes dx; partials (slabs, taps and one for dbias, C).
 extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     separable_planes(T* gradient, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                      Sum* __restrict__ partials, const __grid_constant__ Parameters g) {
@@ -136,38 +155,40 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   T* const ring = reinterpret_cast<T*>(shared);
   T* const x_slots = ring + kRing * g.slot + kVector;
 
-  // Where a step's chunk starts, and its elements.
+  // Where a step's chunk starts, as do its planes, and its elements.
   struct Chunk {
-    int64 start;
+    int64 start, plane;
     int count, shift, first_row, rows;
   };
   const auto chunk_of = [&](int step) {
     const int image = step / g.chunks;
     const int of_image = step - image * g.chunks;
-    const int64 plane = (static_cast<int64>(first_image + image) * g.C + c0) * plane_size;
+    const int64 images = first_image + image;
     Chunk chunk;
+    chunk.plane = images * g.C * plane_size + (kChannelsLast ? c0 : static_cast<int64>(c0) * plane_size);
     chunk.first_row = of_image * g.rows;
     chunk.rows = min(g.rows, g.H - chunk.first_row);
-    chunk.start = plane + static_cast<int64>(chunk.first_row) * g.W;
-    chunk.count = kWhole ? planes * plane_size : chunk.rows * g.W;
-    chunk.shift = static_cast<int>(plane % kVector);
+    chunk.start = chunk.plane + static_cast<int64>(chunk.first_row) * g.W * (kChannelsLast ? g.C : 1);
+    chunk.count = kWhole ? planes * plane_size : chunk.rows * g.W * kGroup;
+    chunk.shift = kChannelsLast ? 0 : static_cast<int>(chunk.plane % kVector);
     return chunk;
   };
+  const auto copy_chunk = [&](T* slot, const T* from, int step) {
+    const Chunk chunk = chunk_of(step);
+    if constexpr (kChannelsLast) {
+      copy_pixels(slot, from + chunk.start, chunk.count / kGroup, g.C, thread);
+    } else {
+      copy_run(slot + chunk.shift, from + chunk.start, chunk.count, chunk.shift, thread);
+    }
+  };
   const auto copy = [&](int gradient_step, int x_step) {
-    if (gradient_step < steps) {
-      const Chunk chunk = chunk_of(gradient_step);
-      copy_run(ring + gradient_step % kRing * g.slot + chunk.shift, gradient + chunk.start, chunk.count, chunk.shift,
-               thread);
-    }
-    if (x_step >= 0 && x_step < steps) {
-      const Chunk chunk = chunk_of(x_step);
-      copy_run(x_slots + x_step % 2 * g.x_slot + chunk.shift, x + chunk.start, chunk.count, chunk.shift, thread);
-    }
+    if (gradient_step < steps) copy_chunk(ring + gradient_step % kRing * g.slot, gradient, gradient_step);
+    if (x_step >= 0 && x_step < steps) copy_chunk(x_slots + x_step % 2 * g.x_slot, x, x_step);
     ptx::copy_async_commit();
   };
 
   // A thread's plane and, where that is its only one, its column.
-  const int own_plane = kWhole ? thread / g.W : 0;
+  const int own_plane = kChannelsLast ? thread % kGroup : kWhole ? thread / g.W : 0;
   const bool works = own_plane < planes;
   const int channel = c0 + own_plane;
   Sum weight[kTaps], sum[kTaps] = {}, sum_of_bias = 0;
@@ -179,12 +200,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     const Chunk chunk = chunk_of(step);
     T* const slot = ring + step % kRing * g.slot + chunk.shift;
     for (int i = thread; i < chunk.count; i += kThreads) {
-      const int plane = kWhole ? i / plane_size : 0;
-      const int in_plane = i - plane * plane_size;
+      const int plane = kChannelsLast ? i % kGroup : kWhole ? i / plane_size : 0;
+      const int in_plane = kChannelsLast ? i / kGroup : i - plane * plane_size;
       const int row = in_plane / g.W;
-      const int64 start = chunk.start - static_cast<int64>(chunk.first_row) * g.W;
-      const Sum z = result_at(g, x + start + static_cast<int64>(plane) * plane_size, w, bias, c0 + plane,
-                              chunk.first_row + row, in_plane - row * g.W);
+      const T* const start = x + chunk.plane + (kChannelsLast ? plane : static_cast<int64>(plane) * plane_size);
+      const Sum z = result_at(g, start, w, bias, c0 + plane, chunk.first_row + row, in_plane - row * g.W);
       slot[i] = narrow<T>(Sum(widen(slot[i])) * slope::CUCONV_ACTIVATION(z));
     }
   };
@@ -210,12 +230,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
     T* const x_slot = x_slots + step % 2 * g.x_slot + chunk.shift;
     // The ring's row of the image's row 0.
     const int row_0 = kWhole ? 0 : (step % kRing * g.rows - chunk.first_row % ring_rows + ring_rows) % ring_rows;
-    const T* const rows_of_ring = ring + chunk.shift + (kWhole ? step % kRing * g.slot + own_plane * plane_size : 0);
-    T* const rows_of_x = x_slot + (kWhole ? own_plane * plane_size : 0);
+    const int start_of_plane = kChannelsLast ? own_plane : kWhole ? own_plane * plane_size : 0;
+    const T* const rows_of_ring = ring + chunk.shift + (kWhole ? step % kRing * g.slot : 0) + start_of_plane;
+    T* const rows_of_x = x_slot + start_of_plane;
     const auto ring_row = [&](int row) { return kWhole ? row : (row + row_0 + ring_rows) % ring_rows; };
     if (works) {
 #pragma unroll 1
-      for (int v = kWhole ? thread - own_plane * g.W : thread; v < g.W; v += kThreads) {
+      for (int v = kChannelsLast ? thread / kGroup : kWhole ? thread - own_plane * g.W : thread; v < g.W;
+           v += kThreads / kGroup) {
         int column[kS];
         bool exists[kS];
 #pragma unroll
@@ -227,9 +249,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
         Sum window[kR][kS];
         const auto load = [&](int r, int row, int row_of_ring) {
           const bool row_exists = within(row, g.H);
-          const T* const from = rows_of_ring + row_of_ring * g.W;
+          const T* const from = rows_of_ring + row_of_ring * g.W * kGroup;
 #pragma unroll
-          for (int s = 0; s < kS; ++s) window[r][s] = row_exists && exists[s] ? Sum(widen(from[column[s]])) : Sum(0);
+          for (int s = 0; s < kS; ++s) window[r][s] = row_exists && exists[s] ? Sum(widen(from[column[s] * kGroup])) : Sum(0);
         };
         if constexpr (kSlides) {
 #pragma unroll
@@ -257,13 +279,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
               load(r, row, within(row, g.H) ? ring_row(row) : 0);
             }
           }
-          T* const at = rows_of_x + i * g.W + v;
+          T* const at = rows_of_x + (i * g.W + v) * kGroup;
           const Sum value = widen(*at);
           Sum own;
           if constexpr (kOwn >= 0) {
             own = window[kOwn / kS][kOwn % kS];
           } else {
-            own = widen(rows_of_ring[own_row * g.W + v]);
+            own = widen(rows_of_ring[(own_row * g.W + v) * kGroup]);
             if (++own_row == ring_rows) own_row = 0;
           }
           if (kBias) sum_of_bias += own;
@@ -293,12 +315,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
       }
     }
     __syncthreads();
-    store_run(gradient + chunk.start, x_slot, chunk.count, chunk.shift, thread);
+    if constexpr (kChannelsLast) {
+      store_pixels(gradient + chunk.start, x_slot, chunk.count / kGroup, g.C, thread);
+    } else {
+      store_run(gradient + chunk.start, x_slot, chunk.count, chunk.shift, thread);
+    }
   }
   ptx::copy_async_wait<0>();
   __syncthreads();
 
-  // The sums of a plane's threads, which are neighbours: a warp adds those of one tap, always in one order.
+  // The sums of a plane's threads: a warp adds those of one tap, always in one order.
   Sum* const sums = reinterpret_cast<Sum*>(shared);
   constexpr int kEntries = kTaps + kBias;
 #pragma unroll
@@ -306,14 +332,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
   if (kBias) sums[kTaps * kThreads + thread] = sum_of_bias;
   __syncthreads();
   const int lane = thread % kWarp;
-  const int of_plane = kWhole ? g.W : kThreads;
+  const int of_plane = kChannelsLast ? kThreads / kGroup : kWhole ? g.W : kThreads;
   Sum* const own = partials + static_cast<int64>(blockIdx.y) * kEntries * g.C;
 #pragma unroll 1
   for (int item = thread / kWarp; item < kEntries * planes; item += kThreads / kWarp) {
     const int plane = item / kEntries;
     const int entry = item - plane * kEntries;
     Sum total = 0;
-    for (int i = lane; i < of_plane; i += kWarp) total += sums[entry * kThreads + plane * of_plane + i];
+    for (int i = lane; i < of_plane; i += kWarp)
+      total += sums[entry * kThreads + (kChannelsLast ? i * kGroup + plane : plane * of_plane + i)];
 #pragma unroll
     for (int apart = kWarp / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
     if (lane == 0) own[static_cast<int64>(entry) * g.C + c0 + plane] = total;

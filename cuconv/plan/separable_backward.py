@@ -198,7 +198,7 @@ def activation_slope(elements: int, dtype: str, activation: str, target: Target)
 # Weights, sums and the rows that they meet are registers of a thread of cuda/separable_planes.cu.
 _PLANES_TAPS = 25
 _PLANES_THREADS = 256
-_PLANES_ROWS = (8, 16, 32)
+_PLANES_ROWS = (2, 4, 8, 16, 32)
 # Of a multiprocessor: beyond, more threads bring nothing.
 _ENOUGH_THREADS = 1024
 # Of the bytes of x, what its partial sums may take.
@@ -227,7 +227,7 @@ def planes(
     t = max(
         # As many threads as can be with a column of their own, since they hide each other's loads.
         planes_tiles(g, dtype, bias, target, aligned),
-        key=lambda t: (min(t.blocks * _columns(g, t), _ENOUGH_THREADS), -t.shared),
+        key=lambda t: (_busy(g, target, t), -t.shared),
     )
     return planes_plan(g, dtype, bias, epilogue, target, t)
 
@@ -236,8 +236,6 @@ def planes_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, alig
     """All tiles that fit; Unsuitable where there is none."""
     if target.architecture < 80:
         raise Unsuitable("needs copies of compute capability 8.0 or newer")
-    if g.channels_last:
-        raise Unsuitable("takes arrays (N, C, H, W), and these are channels-last")
     if g.stride != (1, 1) or g.multiplier > 1 or (g.P, g.Q) != (g.H, g.W):
         raise Unsuitable("takes a depthwise result of the shape of x")
     if g.R * g.S > _PLANES_TAPS:
@@ -267,6 +265,8 @@ def planes_plan(
         source="separable_planes",
         defines=(
             ("T", DTYPES[dtype][0]),
+            ("CHANNELS_LAST", int(g.channels_last)),
+            ("GROUP", t.planes if g.channels_last else 1),
             ("R", g.R),
             ("S", g.S),
             ("WHOLE", int(t.whole)),
@@ -303,9 +303,12 @@ def planes_plan(
     return with_reduce_of(sums, slabs, g.K, g.R * g.S, dtype, bias)
 
 
-def _columns(g: Conv2dGeometry, t: PlanesTile) -> int:
-    """Threads of a block that have a column, on average."""
-    return t.planes * g.W if t.whole else g.W // -(-g.W // t.threads)
+def _busy(g: Conv2dGeometry, target: Target, t: PlanesTile) -> float:
+    """Threads of a multiprocessor that have a column, on average; rows that are read anew count little."""
+    columns = t.planes * g.W if t.whole or g.channels_last else g.W
+    turns = 1 if t.whole and not g.channels_last else -(-columns // t.threads)
+    blocks = min(t.blocks, -(-g.N * g.C // t.planes // target.multiprocessors))
+    return min(blocks * columns / turns, _ENOUGH_THREADS) * t.rows / (t.rows + (0 if t.whole else 1))
 
 
 def _all_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[PlanesTile]:
@@ -330,6 +333,17 @@ def _all_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligne
             blocks = 0
         return PlanesTile(planes, rows, whole, threads, vector, slot, shared, blocks)
 
+    top, reach = g.padding[0][0], g.dilation[0] * (g.R - 1)
+    # What a chunk is made from lies in it and in its neighbours.
+    row_choices = [rows for rows in _PLANES_ROWS if max(top, reach - top) <= rows < g.H]
+    if g.channels_last:
+        group = gcd(g.C, widest)
+        if group * size >= 4:
+            for threads in (128, 256, 512):
+                yield tile(group, g.H, True, threads, group)
+                for rows in row_choices:
+                    yield tile(group, rows, False, threads, group)
+        return
     for planes in range(1, min(g.C, _PLANES_THREADS // g.W) + 1):
         yield tile(planes, g.H, True, -(-planes * g.W // 32) * 32, widest)
     passes = -(-g.W // _PLANES_THREADS)
@@ -338,10 +352,8 @@ def _all_tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligne
     vector = gcd(g.C * g.H * g.W, widest)
     if vector * size < 4:
         vector = 1
-    top, reach = g.padding[0][0], g.dilation[0] * (g.R - 1)
-    for rows in _PLANES_ROWS:
-        # What a chunk is made from lies in it and in its neighbours.
-        if max(top, reach - top) <= rows < g.H and rows % vector == 0:
+    for rows in row_choices:
+        if rows * g.W % vector == 0:
             yield tile(1, rows, False, threads, vector)
 
 
