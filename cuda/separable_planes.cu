@@ -37,6 +37,8 @@ constexpr bool kActive = CUCONV_ACTIVE;
 constexpr int kThreads = CUCONV_THREADS;
 constexpr int kWarp = 32;
 constexpr int kGroupBytes = kChannelsLast ? kGroup * sizeof(T) : 16;
+// Rows after which a window that slides has its registers where they were.
+constexpr int kTurn = kSlides ? kR : 1;
 // Chunks of the gradient beyond that of x which dx is made from.
 constexpr int kAhead = kWhole ? 0 : 1;
 
@@ -262,8 +264,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
         }
         int newest = ring_row(chunk.first_row + g.top);
         int own_row = ring_row(chunk.first_row);
-#pragma unroll(kSlides ? kR : 1)
-        for (int i = 0; i < chunk.rows; ++i) {
+        // Unrolled by hand, so that rows of the window change their names alone: NVRTC 13, told to unroll this loop,
+        // leaves out the test for what remains of the rows.
+#pragma unroll 1
+        for (int turn = 0; turn < chunk.rows; turn += kTurn)
+#pragma unroll
+        for (int of_turn = 0; of_turn < kTurn; ++of_turn) {
+          const int i = turn + of_turn;
+          if (i >= chunk.rows) break;
           const int h = chunk.first_row + i;
           if constexpr (kSlides) {
 #pragma unroll
