@@ -3,18 +3,19 @@
 // way. Stride 1, and results as large as the input.
 //
 // A block takes some planes of neighbouring channels, of one image after the other, as a sequence of chunks: all rows
-// of all its planes, or some rows at a time of its one plane or, channels-last, of its group of channels. Chunks of the gradient pass through a ring in shared
-// memory, some ahead; whatever a chunk of dx is written over is there by then, so that no other block has to wait. A
-// chunk of x lies beside it and is replaced by dx element by element, and leaves as one run. A thread owns a column and
-// slides down the rows: what it has of the gradient serves dx, as its factor is a weight, and the weight's own gradient,
-// as its factor is x.
+// of all its planes, or some rows at a time of its one plane or, channels-last, of its group of channels. Chunks of the
+// gradient pass through a ring in shared memory, some ahead; whatever a chunk of dx is written over is there by then,
+// so that no block has to wait for another. A chunk of x lies beside it, is replaced by dx element by element, and
+// leaves as one run. A thread owns a column and slides down the rows: what it has of the gradient serves dx, where the
+// other factor is a weight, and the gradient of that weight, where it is x.
 //
-// Compile-time values: T; CHANNELS_LAST; GROUP (channels of a block, channels-last, which is a copy: the arrays and all
-// their pixels start at multiples of it, and others lie one after the other; else 1); R, S; WHOLE (whether a chunk is all rows); RING (chunks of the gradient in shared memory:
-// those before, at and behind that of x, and one that is under way, or with whole planes two); VECTOR (elements of a
+// Compile-time values: T; CHANNELS_LAST; GROUP (channels of a block, channels-last, which are one copy: pixels start at
+// multiples of it; else 1); R, S; WHOLE (whether a chunk is all rows); RING (chunks of the gradient in shared memory:
+// those before, at and behind that of x and one that is under way, or with whole planes two); VECTOR (elements of a
 // copy: the arrays start at multiples of it, and so do chunks within a plane); SLIDES (whether neighbouring kernel rows
 // meet neighbouring rows); OWN (the tap that meets an element's own place, or -1); BIAS (whether there is a dbias);
-// ACTIVE, ACTIVATION (whether the depthwise part has one, and which); THREADS; BLOCKS (that a multiprocessor is to hold).
+// ACTIVE, ACTIVATION (whether the depthwise part has one, and which); THREADS; BLOCKS (that a multiprocessor is to
+// hold, which bounds the registers).
 #include "indices.cuh"
 #include "numbers.cuh"
 #include "slopes.cuh"
@@ -253,7 +254,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
           const bool row_exists = within(row, g.H);
           const T* const from = rows_of_ring + row_of_ring * g.W * kGroup;
 #pragma unroll
-          for (int s = 0; s < kS; ++s) window[r][s] = row_exists && exists[s] ? Sum(widen(from[column[s] * kGroup])) : Sum(0);
+          for (int s = 0; s < kS; ++s) {
+            window[r][s] = row_exists && exists[s] ? Sum(widen(from[column[s] * kGroup])) : Sum(0);
+          }
         };
         if constexpr (kSlides) {
 #pragma unroll
@@ -267,57 +270,58 @@ extern "C" __global__ void __launch_bounds__(kThreads, CUCONV_BLOCKS)
         // Unrolled by hand, so that rows of the window change their names alone: NVRTC 13, told to unroll this loop,
         // leaves out the test for what remains of the rows.
 #pragma unroll 1
-        for (int turn = 0; turn < chunk.rows; turn += kTurn)
+        for (int turn = 0; turn < chunk.rows; turn += kTurn) {
 #pragma unroll
-        for (int of_turn = 0; of_turn < kTurn; ++of_turn) {
-          const int i = turn + of_turn;
-          if (i >= chunk.rows) break;
-          const int h = chunk.first_row + i;
-          if constexpr (kSlides) {
+          for (int of_turn = 0; of_turn < kTurn; ++of_turn) {
+            const int i = turn + of_turn;
+            if (i >= chunk.rows) break;
+            const int h = chunk.first_row + i;
+            if constexpr (kSlides) {
 #pragma unroll
-            for (int r = kR - 1; r > 0; --r)
+              for (int r = kR - 1; r > 0; --r)
 #pragma unroll
-              for (int s = 0; s < kS; ++s) window[r][s] = window[r - 1][s];
-            load(0, h + g.top, newest);
-            if (++newest == ring_rows) newest = 0;
-          } else {
+                for (int s = 0; s < kS; ++s) window[r][s] = window[r - 1][s];
+              load(0, h + g.top, newest);
+              if (++newest == ring_rows) newest = 0;
+            } else {
 #pragma unroll
-            for (int r = 0; r < kR; ++r) {
-              const int row = h + g.top - r * g.dilation_h;
-              load(r, row, within(row, g.H) ? ring_row(row) : 0);
+              for (int r = 0; r < kR; ++r) {
+                const int row = h + g.top - r * g.dilation_h;
+                load(r, row, within(row, g.H) ? ring_row(row) : 0);
+              }
             }
-          }
-          T* const at = rows_of_x + (i * g.W + v) * kGroup;
-          const Sum value = widen(*at);
-          Sum own;
-          if constexpr (kOwn >= 0) {
-            own = window[kOwn / kS][kOwn % kS];
-          } else {
-            own = widen(rows_of_ring[(own_row * g.W + v) * kGroup]);
-            if (++own_row == ring_rows) own_row = 0;
-          }
-          if (kBias) sum_of_bias += own;
-          Sum total = 0;
-#pragma unroll
-          for (int r = 0; r < kR; ++r)
-#pragma unroll
-            for (int s = 0; s < kS; ++s) total = fma(window[r][s], weight[r * kS + s], total);
-          *at = narrow<T>(total);
-          if (finite(value) && finite(own)) {
+            T* const at = rows_of_x + (i * g.W + v) * kGroup;
+            const Sum value = widen(*at);
+            Sum own;
+            if constexpr (kOwn >= 0) {
+              own = window[kOwn / kS][kOwn % kS];
+            } else {
+              own = widen(rows_of_ring[(own_row * g.W + v) * kGroup]);
+              if (++own_row == ring_rows) own_row = 0;
+            }
+            if (kBias) sum_of_bias += own;
+            Sum total = 0;
 #pragma unroll
             for (int r = 0; r < kR; ++r)
 #pragma unroll
-              for (int s = 0; s < kS; ++s) sum[r * kS + s] = fma(window[r][s], value, sum[r * kS + s]);
-          } else {
-            Sum factor[kTaps], added[kTaps];
+              for (int s = 0; s < kS; ++s) total = fma(window[r][s], weight[r * kS + s], total);
+            *at = narrow<T>(total);
+            if (finite(value) && finite(own)) {
 #pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) {
-              factor[tap] = window[tap / kS][tap % kS];
-              added[tap] = sum[tap];
+              for (int r = 0; r < kR; ++r)
+#pragma unroll
+                for (int s = 0; s < kS; ++s) sum[r * kS + s] = fma(window[r][s], value, sum[r * kS + s]);
+            } else {
+              Sum factor[kTaps], added[kTaps];
+#pragma unroll
+              for (int tap = 0; tap < kTaps; ++tap) {
+                factor[tap] = window[tap / kS][tap % kS];
+                added[tap] = sum[tap];
+              }
+              add_plainly(g, value, own, factor, h, v, added);
+#pragma unroll
+              for (int tap = 0; tap < kTaps; ++tap) sum[tap] = added[tap];
             }
-            add_plainly(g, value, own, factor, h, v, added);
-#pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) sum[tap] = added[tap];
           }
         }
       }

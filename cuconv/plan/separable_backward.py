@@ -261,6 +261,7 @@ def planes_plan(
     if top % g.dilation[0] == 0 and left % g.dilation[1] == 0:
         r, s = top // g.dilation[0], left // g.dilation[1]
         own = r * g.S + s if r < g.R and s < g.S else -1
+    active = epilogue.depthwise_activation is not None
     sums = Plan(
         source="separable_planes",
         defines=(
@@ -275,10 +276,11 @@ def planes_plan(
             ("SLIDES", int(g.dilation[0] == 1)),
             ("OWN", own),
             ("BIAS", int(bias)),
-            ("ACTIVE", int(epilogue.depthwise_activation is not None)),
+            ("ACTIVE", int(active)),
             ("ACTIVATION", epilogue.depthwise_activation or "none"),
             ("THREADS", t.threads),
-            ("BLOCKS", t.blocks),
+            # An activation's slope takes some registers more.
+            ("BLOCKS", max(1, t.blocks - active)),
         ),
         grid=(groups, slabs, 1),
         block=t.threads,
