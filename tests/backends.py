@@ -10,7 +10,7 @@ import hostcuda
 import numpy as np
 import pytest
 
-from cuconv import depthwise, kernels, layouts, pointwise, separable
+from cuconv import depthwise, kernels, layouts, pointwise, separable, separable_backward
 
 GUARD = 4096  # elements around an output, more than any tile is wide
 
@@ -27,6 +27,8 @@ def forget_kernels() -> None:
         pointwise._kernel,
         pointwise._wgrad_kernels,
         separable._launch,
+        separable_backward._launch,
+        separable_backward._part_kernels,
         # What is remembered of a call has its kernels.
         depthwise._check_forward,
         depthwise._check_dgrad,

@@ -8,7 +8,7 @@ import pytest
 
 from cuconv import kernels, plan
 from cuconv.geometry import pointwise_geometry
-from cuconv.plan import channels_last, channels_last_mma, images, phases, toeplitz, wgrad_phases
+from cuconv.plan import channels_last, channels_last_mma, images, phases, separable_backward, toeplitz, wgrad_phases
 
 cupy = pytest.importorskip("cupy", reason="no cupy: kernels are not compiled (install cuconv[test])")
 from test_plan import geometry, plan_or_reason  # noqa: E402
@@ -321,6 +321,29 @@ def test_warp_groups_compile_without_spills(case, channels_last):
         for chosen in plans:
             resources = kernels.compile_only(chosen, MEASURED)
             assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes"
+
+
+PLANES = {
+    "kb86": ((16, 64, 512, 512), 3),
+    "mbv1_14": ((64, 512, 14, 14), 3),
+    "xception": ((32, 728, 19, 19), 3),
+    "5x5": ((64, 192, 57, 56), 5),
+}
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if int(name[3:].rstrip("a")) >= 80])
+@pytest.mark.parametrize(("case", "layout"), list(product(PLANES, ("nchw", "nhwc"))))
+def test_planes_in_place_compile_within_their_budget(case, layout, architecture):
+    x_shape, kernel = PLANES[case]
+    w_shape = (x_shape[1], 1, kernel, kernel)
+    g = geometry(x_shape, w_shape, padding=kernel // 2, channels_last=layout == "nhwc")
+    epilogues = [plan.SeparableEpilogue(), plan.SeparableEpilogue(depthwise_activation="silu")]
+    for dtype, epilogue in product(plan.DTYPES if architecture == MEASURED else ("bfloat16",), epilogues):
+        chosen = separable_backward.planes(g, dtype, True, epilogue, TARGETS[architecture], True).sums
+        resources = kernels.compile_only(chosen, architecture)
+        assert resources.spill_bytes == 0, f"{chosen} spills {resources.spill_bytes} bytes on {architecture}"
+        blocks, registers = dict(chosen.defines)["BLOCKS"], -(-resources.registers // 8) * 8
+        assert blocks * chosen.block * registers <= 65536
 
 
 def test_a_compile_error_names_variant_architecture_and_log():

@@ -23,7 +23,7 @@ FLOORS = (
     {"plan", "reference", "interop"},
     {"kernels"},
     {"layouts"},
-    {"batchnorm", "depthwise", "pointwise", "separable"},
+    {"batchnorm", "depthwise", "pointwise", "separable", "separable_backward"},
     {"__init__"},
 )
 

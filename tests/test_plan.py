@@ -198,7 +198,8 @@ def test_the_default_of_channels_last():
 def test_a_variant_takes_what_the_tests_expect_of_it(variant, direction):
     """Neither less, which would leave its tests out, nor more, which would go untested."""
     of_pointwise, of_separable = {"groups", "products"}, {"fragments", "fused", "apart"}
-    assert {*VARIANTS, *of_pointwise, *of_separable} == set(plan.VARIANTS)
+    of_gradients = {"recomputed", "stored", "pieces"}
+    assert {*VARIANTS, *of_pointwise, *of_separable, *of_gradients} == set(plan.VARIANTS)
     for nchw, dtype, last in product(GEOMETRIES.values(), plan.DTYPES, (False, True)):
         g = replace(nchw, channels_last=last)
         bias = (True,) if direction == "wgrad" else ()

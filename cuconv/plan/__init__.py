@@ -28,6 +28,7 @@ from . import (
     pointwise_groups,
     runs,
     separable,
+    separable_backward,
     separable_fragments,
     tiles,
     toeplitz,
@@ -45,6 +46,7 @@ from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuita
 from .layouts import transposed
 from .pointwise import Epilogue
 from .separable import SeparableEpilogue, activate
+from .separable_backward import InPlace
 from .wgrad import WgradPlan
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "VARIANTS",
     "VECTOR_BYTES",
     "Epilogue",
+    "InPlace",
     "Plan",
     "SeparableEpilogue",
     "Target",
@@ -68,6 +71,7 @@ __all__ = [
     "pointwise_conv",
     "pointwise_wgrad",
     "separable_conv",
+    "separable_gradients",
     "transposed",
     "variant",
 ]
@@ -123,6 +127,12 @@ _SEPARABLE: dict[str, Callable[..., Plan | None]] = {
     "apart": lambda *_: None,
     "fused": separable.fused,
 }
+# In the memory of dx, or by pieces of the batch.
+_SEPARABLE_BACKWARD: dict[str, Callable[..., InPlace | None]] = {
+    "recomputed": separable_backward.recomputed,
+    "stored": separable_backward.stored,
+    "pieces": lambda *_: None,
+}
 _POINTWISE_WGRAD = {
     "groups": pointwise_groups.wgrad,
     "products": pointwise.wgrad_products,
@@ -146,7 +156,7 @@ _BEATS_OTHERS_OF_WGRAD = {
     "channels_last_runs": wgrad_channels_last_runs.beats_others,
 }
 
-VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE, *_SEPARABLE)))
+VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE, *_SEPARABLE, *_SEPARABLE_BACKWARD)))
 
 _forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
 
@@ -253,7 +263,22 @@ def separable_conv(
     return _first_suitable(_SEPARABLE, {}, forced, geometry, dtype, epilogue, target, aligned)
 
 
-_Chosen = TypeVar("_Chosen", Plan, WgradPlan, Plan | None)
+@lru_cache(maxsize=4096)
+def separable_gradients(
+    geometry: SeparableGeometry,
+    dtype: str,
+    epilogue: SeparableEpilogue,
+    wanted: frozenset[str],
+    target: Target,
+    forced: str | None = None,
+    aligned: bool = True,
+) -> InPlace | None:
+    """The plans of those gradients of a separable convolution that are wanted, in the memory of dx, or None where they
+    are made by pieces of the batch; aligned speaks of all arrays."""
+    return _first_suitable(_SEPARABLE_BACKWARD, {}, forced, geometry, dtype, epilogue, wanted, target, aligned)
+
+
+_Chosen = TypeVar("_Chosen", Plan, WgradPlan, Plan | None, InPlace | None)
 
 
 def _first_suitable(
