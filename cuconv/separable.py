@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import interop, kernels, plan, reference
+from . import interop, kernels, layouts, plan, reference
 from .geometry import (
     SeparableGeometry,
     check_activation,
@@ -126,7 +126,7 @@ def separable_conv2d(
         # 2. Allocate.
         if not call.dense:
             inputs = (
-                interop.contiguous(x, call.channels_last),
+                layouts.contiguous(x, call.channels_last),
                 *(None if array is None else interop.contiguous(array) for array in inputs[1:]),
             )
         y = interop.output(out, call.geometry.y_shape, x.dtype, call.channels_last)
@@ -137,7 +137,7 @@ def separable_conv2d(
             launch = _launch(call.geometry, call.dtype, epilogue, call.device, plan.forced_variant(), aligned)
             # 5. Launch.
             launch(*addresses)
-        return interop.delivered(y, out)
+        return layouts.delivered(y, out)
 
 
 @interop.remembered

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import interop, kernels, plan, reference
+from . import interop, kernels, layouts, plan, reference
 from .geometry import (
     SeparableGeometry,
     check_activation,
@@ -134,7 +134,7 @@ def separable_conv2d_backward(
     with interop.on_device(call.device):
         # 2. Allocate.
         if not call.dense:
-            dy, x = (interop.contiguous(array, call.channels_last) for array in (dy, x))
+            dy, x = (layouts.contiguous(array, call.channels_last) for array in (dy, x))
             inputs = SeparableGradients(x, *(None if a is None else interop.contiguous(a) for a in inputs[1:]))
         results = SeparableGradients(
             *(
@@ -160,7 +160,7 @@ def separable_conv2d_backward(
                     gradient.fill(0)
         return SeparableGradients(
             *(
-                None if made is None else interop.delivered(made, given)
+                None if made is None else layouts.delivered(made, given)
                 for made, given in zip(results, outs, strict=True)
             )
         )
