@@ -15,8 +15,8 @@
 // sums once more, plainly. That every other sum is what it should be follows from dbias, which is summed in any case
 // and tells whether all of dy was finite.
 //
-// Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is one slab, and no need for another
-// launch); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a
+// Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is no need for another launch); CLUSTER
+// (see slabs.cuh: slabs are then along x of the grid, and a block has all columns; else they are along y); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a
 // thread: they divide K); GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of
 // a copy: they divide a pixel's and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of
 // a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED; RUNS (see below); WIDTH (of x, where a
@@ -33,6 +33,7 @@
 #include "channels_last.cuh"
 #include "numbers.cuh"
 #include "row_walk.cuh"
+#include "slabs.cuh"
 
 using T = CUCONV_T;
 using Sum = Accumulator<T>;
@@ -157,13 +158,15 @@ __device__ __forceinline__ int copy_run(T* to, const T* from, int count, int siz
   return phase;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_channels_last_staged(const T* __restrict__ dy, const T* __restrict__ x, Sum* partials, T* dw,
                                          T* dbias, const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x);
-  const int channel_block = static_cast<int>(blockIdx.x) / g.column_blocks;
-  const int column_block = static_cast<int>(blockIdx.x) - channel_block * g.column_blocks;
+  const int slab = static_cast<int>(kCluster > 1 ? blockIdx.x : blockIdx.y);
+  const int beside = static_cast<int>(kCluster > 1 ? blockIdx.y : blockIdx.x);
+  const int channel_block = beside / g.column_blocks;
+  const int column_block = beside - channel_block * g.column_blocks;
   const int first_channel = channel_block * kChannels;
   const int unit_h = kDilated ? g.dilation_h : 1;
   const int unit_w = kDilated ? g.dilation_w : 1;
@@ -172,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const int first_q = kDilated ? 0 : column_block * g.strips * kColumns;
   const int first_column = kWidth ? 0 : first_q * g.stride_w - g.left;
 
-  const int first_row = static_cast<int>(blockIdx.y) * g.slab_rows;
+  const int first_row = slab * g.slab_rows;
   const auto enter = [&](Walk& walk) { return enter_step<kDilated, kRing, 0>(g, walk, 0); };
   const auto begin = [&](Walk& walk) { return begin_slab<kDilated, kRing, 0>(g, walk, first_row); };
 
@@ -402,20 +405,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
   __syncthreads();
-  const int64 slab = static_cast<int64>(blockIdx.y) * g.column_blocks + column_block;
-  for (int entry = thread; entry < kEntries * kChannels; entry += kThreads) {
+  const auto store = [&](int entry, Sum total) {
     const int tap = entry / kChannels;
-    const int of_block = entry - tap * kChannels;
-    const int64 of_all = first_channel + of_block;
-    if (of_all >= g.K) continue;
-    Sum total = 0;
-    for (int other = 0; other < block_strips; ++other) total += sums[tap * pitch + other * kChannels + of_block];
+    const int64 of_all = first_channel + (entry - tap * kChannels);
+    if (of_all >= g.K) return;
     if (!kFinal) {
-      partials[(slab * kEntries + tap) * g.K + of_all] = total;
+      partials[((static_cast<int64>(slab) * g.column_blocks + column_block) * kEntries + tap) * g.K + of_all] = total;
     } else if (tap < kTaps) {
       dw[of_all * kTaps + tap] = narrow<T>(total);
     } else {
       dbias[of_all] = narrow<T>(total);
     }
+  };
+  Sum* const totals = sums + kEntries * pitch;
+  for (int entry = thread; entry < kEntries * kChannels; entry += kThreads) {
+    const int tap = entry / kChannels;
+    const int of_block = entry - tap * kChannels;
+    Sum total = 0;
+    for (int other = 0; other < block_strips; ++other) total += sums[tap * pitch + other * kChannels + of_block];
+    if (kCluster > 1) {
+      totals[entry] = total;
+    } else {
+      store(entry, total);
+    }
   }
+#if CUCONV_CLUSTER > 1
+  add_of_cluster<kThreads>(totals, kEntries * kChannels, thread, store);
+#endif
 }

@@ -13,6 +13,8 @@ constexpr int kCluster = CUCONV_CLUSTER;
 #define CUCONV_SLABS
 #endif
 
+#if defined(CUCONV_HOST) || __CUDA_ARCH__ >= 900
+
 // Called by all threads of all blocks of the cluster: calls store(i, sum) for each of `count` sums in shared memory,
 // which every block has at the same place.
 template <int kThreads, class Sum, class Store>
@@ -29,3 +31,5 @@ __device__ __forceinline__ void add_of_cluster(const Sum* sums, int count, int t
   // A block's shared memory is there as long as it is.
   ptx::cluster_meet();
 }
+
+#endif

@@ -126,6 +126,41 @@ def test_few_outputs_wait_for_memory_once():
         assert dict(plan.depthwise_forward(g, "float32", H200, "channels_last").defines)["ROWS"] == 0
 
 
+def test_tiles_that_were_the_fastest_of_those_timed():
+    last = {"channels_last": True}
+
+    def of(chosen):
+        return {**dict(chosen.defines), **dict(chosen.parameters)}
+
+    # Long rows of x that allow loads of two floats.
+    for shape, block_rows in (((16, 64, 512, 512), 14), ((64, 128, 256, 512), 16)):
+        tile = of(plan.depthwise_dgrad(geometry(shape, (shape[1], 1, 3, 3)), "float32", H200))
+        assert (tile["VECTOR"], tile["COLUMNS"], tile["block_rows"]) == (2, 2, block_rows)
+    # Parts of pixels that are no halves of lines, in float32.
+    eff5 = geometry((128, 240, 28, 28), (240, 1, 5, 5), padding=2, **last)
+    for make in PASSES:
+        tile = of(make(eff5, "float32", H200))
+        assert tile["GROUPS"] * tile["VECTOR"] == 120
+    # Strides in float32.
+    tile = of(
+        plan.depthwise_forward(
+            geometry((64, 128, 112, 112), (128, 1, 3, 3), padding=1, stride=2, **last), "float32", H200
+        )
+    )
+    assert (tile["rows"], tile["COLUMNS"]) == (4, 2)
+    # Blocks at once in float32.
+    odd = geometry((32, 67, 129, 131), (67, 1, 3, 3), padding=1, **last)
+    for make in PASSES:
+        assert of(make(odd, "float32", H200))["BLOCKS"] == 1
+    # Slabs of few elements are a cluster, one of which has every column.
+    few = geometry((1, 512, 14, 14), (512, 1, 3, 3), padding=1, **last)
+    for dtype in ("float32", "float16", "bfloat16"):
+        chosen = plan.depthwise_wgrad(few, dtype, False, H200)
+        assert of(chosen.sums)["CLUSTER"] == chosen.sums.grid[0] > 1
+        assert chosen.reduce is None
+        assert of(plan.depthwise_wgrad(few, dtype, False, plan.TARGETS[80]).sums)["CLUSTER"] == 1
+
+
 def test_the_default_of_channels_last():
     last = {"channels_last": True}
     for numbers in ({}, {"padding": 1}, {"stride": 2}, {"dilation": 12, "padding": 12}):

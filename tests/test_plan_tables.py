@@ -128,7 +128,7 @@ def test_a_staged_plan_of_wgrad_is_of_the_tile_that_costs_least():
             continue
         check_types(chosen.sums)
         best = min(staged.tiles(*arguments, True), key=lambda tile, given=arguments: float(staged._cost(*given, tile)))
-        assert chosen == staged.tile_plan(g, "float16", True, best)
+        assert chosen == staged.tile_plan(g, "float16", True, H200, best)
         seen += 1
     assert seen >= 6
 

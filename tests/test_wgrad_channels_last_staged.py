@@ -28,7 +28,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def each_feature_once(g, tiles):
+def each_feature_once(g, target, tiles):
     """Of the tiles, as many as it takes to see every kind of strip, block and slab."""
     seen = set()
     for tile in tiles:
@@ -47,6 +47,7 @@ def each_feature_once(g, tiles):
             ("columns of runs", tile.columns, tile.strips, tile.runs),
             ("slab", tile.slab_rows < strip_rows, tile.slab_rows % strip_rows > 0, tile.slab_rows < rows),
             ("last slab", rows % tile.slab_rows > 0),
+            ("cluster", staged._clustered(g, target, tile, -(-rows // tile.slab_rows)), tile.images > 1),
         }
         if not features <= seen:
             seen |= features
@@ -59,8 +60,8 @@ def test_every_kind_of_tile(device, rng, x_shape, w_shape, numbers, dtype):
     g = nhwc_geometry(x_shape, w_shape, **numbers)
     tiles = list(staged.tiles(g, dtype, True, device.target, aligned=True))
     # In an order of no meaning, so that a tile shows many features that no one before it has shown.
-    for tile in each_feature_once(g, [tiles[i] for i in rng.permutation(len(tiles))]):
-        chosen = staged.tile_plan(g, dtype, True, tile)
+    for tile in each_feature_once(g, device.target, [tiles[i] for i in rng.permutation(len(tiles))]):
+        chosen = staged.tile_plan(g, dtype, True, device.target, tile)
         dw, dbias = launch(device, chosen, dy, x, w_shape)
         oracle.assert_wgrad_within_bound(dw, dbias, dy, x, **numbers)
 
@@ -96,7 +97,7 @@ def test_nan_and_infinity_reach_what_they_meet(device, rng, channels, numbers, d
         # Exact or not, as wide as dy or not, and of several images.
         kinds = {(tile.columns, tile.runs): tile for tile in tiles if tile.columns in (3, 4, g.Q)}
         for tile in kinds.values():
-            chosen = staged.tile_plan(g, dtype, True, tile)
+            chosen = staged.tile_plan(g, dtype, True, device.target, tile)
             for exact, result in zip(expected, launch(device, chosen, dy, x, w_shape), strict=True):
                 result = result.astype(np.float64)
                 np.testing.assert_array_equal(np.isfinite(result), np.isfinite(exact))
@@ -140,12 +141,17 @@ def test_every_plan_covers_dy_and_fits_the_device(
     assert 0 < chosen.sums.shared_bytes <= target.shared_per_block
     # Every channel has a thread, every row of every strip a slab, every column a strip.
     channels = defines["GROUPS"] * defines["VECTOR"]
-    channel_blocks, rest = divmod(chosen.sums.grid[0], values["column_blocks"])
+    beside, slabs = chosen.sums.grid[:2] if defines["CLUSTER"] == 1 else chosen.sums.grid[1::-1]
+    channel_blocks, rest = divmod(beside, values["column_blocks"])
     assert rest == 0
     assert (channel_blocks - 1) * channels < g.K <= channel_blocks * channels
-    slabs = chosen.sums.grid[1]
+    assert defines["CLUSTER"] in (1, slabs)
     assert (slabs - 1) * values["slab_rows"] < values["rows"] <= slabs * values["slab_rows"]
-    assert (chosen.reduce is None) == (slabs * values["column_blocks"] == 1) == bool(defines["FINAL"])
+    alone = defines["CLUSTER"] > 1 or slabs * values["column_blocks"] == 1
+    assert (chosen.reduce is None) == alone == bool(defines["FINAL"])
+    if defines["CLUSTER"] > 1:
+        assert architecture >= 90
+        assert values["column_blocks"] == 1
     steps = values["rows"] // values["strip_rows"] // values["spacing_h"]
     assert (steps - 1) * values["images"] < g.N <= steps * values["images"]
     assert values["strip_rows"] * values["spacing_h"] >= g.P

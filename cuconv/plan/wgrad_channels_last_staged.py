@@ -28,11 +28,15 @@ from .base import (
     those_of,
 )
 from .channels_last import MAX_TAPS
-from .wgrad import WgradPlan, sum_bytes, with_reduce
+from .wgrad import WgradPlan, clustered, slabs_of_cluster, sum_bytes, with_reduce
 
 _COLUMNS = (14, 8, 7, 6, 5, 4, 3, 2, 1)
 # Of narrow outputs a strip may be as wide as they are: which columns are padding is then known at compile time.
 _MAX_WIDTH = 16
+# Of elements of dy, those that are done before the device is full: a second launch is a good part of the time then.
+_SMALL = 2**19
+# Of a cluster: to add more sums takes longer than a second launch.
+_FEW_TAPS = 25
 _STAGES = (3, 4, 6, 8)
 _IMAGES = (1, 2, 3, 4, 8, 16)
 _STRIPS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -106,20 +110,22 @@ def channels_last_staged(g: Conv2dGeometry, dtype: str, bias: bool, target: Targ
     best = cheapest_of(table, fits, _cost(g, dtype, bias, target, table))
     if best is None:
         raise Unsuitable(f"{g.R} x {g.S} taps on rows of {g.W} columns do not fit registers and shared memory")
-    return tile_plan(g, dtype, bias, best)
+    return tile_plan(g, dtype, bias, target, best)
 
 
 def _copy(g: Conv2dGeometry, size: int, aligned: bool) -> int:
     return math.gcd(g.K * size, VECTOR_BYTES) if aligned else size
 
 
-def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPlan:
+def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
     """The plan of one choice of tiles()."""
     size = DTYPES[dtype][1]
     column_blocks = -(-_column_items(g, tile) // tile.strips)
     strip_rows, rows = _rows(g, tile)
     slabs = -(-rows // tile.slab_rows)
-    grid = (-(-g.K // tile.channels) * column_blocks, slabs, 1)
+    beside = -(-g.K // tile.channels) * column_blocks
+    cluster = bool(_clustered(g, target, tile, slabs))
+    grid = (slabs, beside, 1) if cluster else (beside, slabs, 1)
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=True)) or rows > MAX_GRID[0]:
         raise Unsuitable(f"a grid of {grid} blocks is more than one launch can have")
     x_pixels, dy_pixels = map(int, _pixels(g, tile))
@@ -135,7 +141,8 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
             ("R", g.R),
             ("S", g.S),
             ("BIAS", int(bias)),
-            ("FINAL", int(slabs * column_blocks == 1)),
+            ("FINAL", int(cluster or slabs * column_blocks == 1)),
+            ("CLUSTER", slabs if cluster else 1),
             ("THREADS", tile.threads),
             ("BLOCKS", tile.blocks),
             ("VECTOR", tile.vector),
@@ -154,7 +161,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
         ),
         grid=grid,
         block=tile.threads,
-        shared_bytes=int(_shared_bytes(g, dtype, bias, tile)),
+        shared_bytes=int(_shared_bytes(g, dtype, bias, tile, cluster)),
         parameters=(
             ("N", g.N),
             ("K", g.K),
@@ -184,7 +191,7 @@ def tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> WgradPla
         ),
     )
     slabs *= column_blocks
-    return WgradPlan(sums, None, 0) if slabs == 1 else with_reduce(sums, slabs, g, dtype, bias)
+    return WgradPlan(sums, None, 0) if slabs == 1 or cluster else with_reduce(sums, slabs, g, dtype, bias)
 
 
 def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bool) -> Iterator[Tile]:
@@ -282,8 +289,18 @@ def _slabs(g: Conv2dGeometry, target: Target, tile: Tile) -> tuple[Tile, Any]:
     blocks = target.multiprocessors * tile.blocks
     once, half = (-(-rows // np.clip(n // side_by_side, 1, MAX_GRID[1])) for n in (blocks, blocks // 2))
     whole_strips = (-(-slab // strip_rows) * strip_rows for slab in (once, half))
-    slab_rows: Any = np.concatenate((rows, once, *whole_strips), axis=1)
+    choices = [rows, once, *whole_strips]
+    if g.y_size <= _SMALL:
+        choices += [-(-rows // np.clip(slabs_of_cluster(side_by_side, blocks) // n, 1, rows)) for n in (1, 2)]
+    slab_rows: Any = np.concatenate(choices, axis=1)
     return replace(tile, slab_rows=slab_rows), np.ones(slab_rows.shape, bool)
+
+
+def _clustered(g: Conv2dGeometry, target: Target, tile: Tile, slabs: Any) -> Any:
+    """Whether so many slabs are a cluster, which is for few elements and sums, and for blocks of all columns."""
+    possible = g.y_size <= _SMALL and g.R * g.S <= _FEW_TAPS and target.architecture >= 90
+    held = target.multiprocessors * tile.blocks
+    return possible & (_column_items(g, tile) == tile.strips) & clustered(slabs, -(-g.K // tile.channels), held)
 
 
 def _whole(g: Conv2dGeometry, tile: Tile) -> Any:
@@ -366,10 +383,10 @@ def _registers(g: Conv2dGeometry, tile: Tile) -> Any:
     return np.clip(-(-(values * tile.vector + 44) // 8) * 8, _LEAST_REGISTERS, 255)
 
 
-def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile) -> Any:
-    """For the ring of turns; in the end for the sums of every thread."""
+def _shared_bytes(g: Conv2dGeometry, dtype: str, bias: bool, tile: Tile, cluster: bool = False) -> Any:
+    """For the ring of turns; in the end for the sums of every thread, and in a cluster for the block's."""
     turn = _stage_bytes(g, tile, DTYPES[dtype][1])
-    sums = (g.R * g.S + bias) * tile.images * tile.strips * tile.channels * sum_bytes(dtype)
+    sums = (g.R * g.S + bias) * (tile.images * tile.strips + cluster) * tile.channels * sum_bytes(dtype)
     return np.maximum(tile.stages * turn, sums)
 
 
@@ -425,7 +442,11 @@ def _cost(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile)
     # The less is on its way to a multiprocessor, the longer the memory takes.
     flight = active * (tile.stages - 1) * stage
     memory = 7 * moved / g.y_size * (1 + 4400 / flight)
-    # The second launch.
-    one = (rows <= tile.slab_rows) & (side_by_side * tile.channels < g.K + tile.channels)
-    launch = np.where(one, 0.0, 3e8 / g.y_size)
+    # The second launch, or that blocks of a cluster wait for each other; of few elements, the turns of a block too, one
+    # after the other.
+    slabs = -(-rows // tile.slab_rows)
+    one = (slabs == 1) & (side_by_side * tile.channels < g.K + tile.channels)
+    launch = np.where(one, 0.0, np.where(_clustered(g, target, tile, slabs), 1.7e8, 3e8) / g.y_size)
+    if g.y_size <= _SMALL:
+        launch = launch + 2e7 * turns * (0.7 + outputs / 16) / g.y_size
     return (np.maximum(issue, memory) + 0.27 * np.minimum(issue, memory)) * waves + launch
