@@ -171,7 +171,8 @@ def test_the_default_of_channels_last():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_takes_what_the_tests_expect_of_it(variant, direction):
     """Neither less, which would leave its tests out, nor more, which would go untested."""
-    assert {*VARIANTS, "products", "fused", "apart"} == set(plan.VARIANTS)  # the rest of pointwise and separable
+    of_others = {"products", "fragments", "fused", "apart"}  # pointwise and separable
+    assert {*VARIANTS, *of_others} == set(plan.VARIANTS)
     for nchw, dtype, last in product(GEOMETRIES.values(), plan.DTYPES, (False, True)):
         g = replace(nchw, channels_last=last)
         bias = (True,) if direction == "wgrad" else ()

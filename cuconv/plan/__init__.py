@@ -102,8 +102,8 @@ _WGRAD = {
 _POINTWISE = {"products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
 _SEPARABLE: dict[str, Callable[..., Plan | None]] = {
-    "fragments": separable_fragments.fragments,
     "apart": lambda *_: None,
+    "fragments": separable_fragments.fragments,
     "fused": separable.fused,
 }
 _POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wgrad_direct}
@@ -116,6 +116,7 @@ _BEATS_OTHERS = {
     "channels_last": channels_last.beats_others,
     "channels_last_mma": channels_last_mma.beats_others,
 }
+_BEATS_OTHERS_OF_SEPARABLE = {"fragments": separable_fragments.beats_others}
 _BEATS_OTHERS_OF_WGRAD = {
     "pairs": wgrad_pairs.beats_others,
     "diagonals": wgrad_diagonals.beats_others,
@@ -227,7 +228,7 @@ def separable_conv(
 ) -> Plan | None:
     """The plan of a separable convolution in one kernel, or None where both parts have one of their own; aligned speaks
     of all arrays."""
-    return _first_suitable(_SEPARABLE, {}, forced, geometry, dtype, epilogue, target, aligned)
+    return _first_suitable(_SEPARABLE, _BEATS_OTHERS_OF_SEPARABLE, forced, geometry, dtype, epilogue, target, aligned)
 
 
 _Chosen = TypeVar("_Chosen", Plan, WgradPlan, Plan | None)
