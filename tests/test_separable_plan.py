@@ -1,4 +1,4 @@
-"""Plans of separable convolutions in one kernel: what is chosen where, what every tile promises, what a kernel takes."""
+"""Plans of separable convolutions in one kernel: what is chosen where, what a tile promises, what a kernel takes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_reason_is_given_where_fragments_cannot_run(numbers, dtype, target, re
 )
 @settings(max_examples=200, deadline=None)
 def test_every_tile_covers_the_result_and_fits_the_device(x_shape, K, kernel, channels_last, dtype):
-    N, C, H, W = x_shape
+    N, _, H, W = x_shape
     size, padding = kernel
     if min(H, W) + 2 * padding < size:
         return
