@@ -45,6 +45,7 @@ __device__ __forceinline__ void bring_rows(const Parameters& g, const T* x, T* s
   // A row's pieces, but for one before and one behind: so many neighbours of as many channels as there are lanes for.
   constexpr int kAbreast = kWidest / kPiece;
   constexpr int kChannelsAbreast = kWarp / kAbreast;
+  static_assert(kWarp % kAbreast == 0);
   const int H = g.middle.H;
   const int W = g.middle.W;
   const int64 plane = static_cast<int64>(H) * W;

@@ -121,7 +121,7 @@ def test_the_reference_matches_float64(rng, name, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", ["fused", "apart"])
+@pytest.mark.parametrize("variant", ["fragments", "fused", "apart"])
 @pytest.mark.parametrize("activations", [("relu", "gelu"), ("silu", "relu6"), ("hardswish", None)])
 def test_activations_follow_their_biases(device, rng, activations, variant, layout):
     arrays = random_arrays(rng, "3x3_padded", "float32")
@@ -138,13 +138,14 @@ def test_activations_follow_their_biases(device, rng, activations, variant, layo
     )
 
 
+@pytest.mark.parametrize("variant", ["fragments", "fused"])
 @pytest.mark.parametrize(("dtype", "layout"), list(product(("float16", "float32"), LAYOUTS)))
-def test_padding_takes_part_as_a_zero_and_nan_stays_where_it_is(device, rng, dtype, layout):
+def test_padding_takes_part_as_a_zero_and_nan_stays_where_it_is(device, rng, dtype, layout, variant):
     x, w, pointwise, _, _ = random_arrays(rng, "3x3_padded", dtype)
     w[3, 0, 0, 0] = np.inf
     x[1, 5, 4, 7] = np.nan
     on_device = device.array(x, layout), device.array(w), device.array(pointwise)
-    with plan.variant("fused"):
+    with plan.variant(variant):
         y = device.host(cuconv.separable_conv2d(*on_device, padding=1)).astype(np.float64)
     middle = oracle.convolve(x, w, padding=((1, 1), (1, 1)))
     with np.errstate(invalid="ignore"):

@@ -123,8 +123,8 @@ _WGRAD = {
 _POINTWISE = {"groups": pointwise_groups.products, "products": pointwise.products, "direct": pointwise.direct}
 # Fused, or depthwise and pointwise by kernels of their own.
 _SEPARABLE: dict[str, Callable[..., Plan | None]] = {
-    "fragments": separable_fragments.fragments,
     "apart": lambda *_: None,
+    "fragments": separable_fragments.fragments,
     "fused": separable.fused,
 }
 # In the memory of dx, or by pieces of the batch.
@@ -148,6 +148,7 @@ _BEATS_OTHERS = {
     "channels_last": channels_last.beats_others,
     "channels_last_mma": channels_last_mma.beats_others,
 }
+_BEATS_OTHERS_OF_SEPARABLE = {"fragments": separable_fragments.beats_others}
 _BEATS_OTHERS_OF_WGRAD = {
     "channels_last_planes": channels_last_planes.beats_others_of_wgrad,
     "pairs": wgrad_pairs.beats_others,
@@ -260,7 +261,7 @@ def separable_conv(
 ) -> Plan | None:
     """The plan of a separable convolution in one kernel, or None where both parts have one of their own; aligned speaks
     of all arrays."""
-    return _first_suitable(_SEPARABLE, {}, forced, geometry, dtype, epilogue, target, aligned)
+    return _first_suitable(_SEPARABLE, _BEATS_OTHERS_OF_SEPARABLE, forced, geometry, dtype, epilogue, target, aligned)
 
 
 @lru_cache(maxsize=4096)

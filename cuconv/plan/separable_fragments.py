@@ -19,6 +19,15 @@ _ABREAST = 32
 _BRINGERS = 1
 _SHIFTERS = 4
 _AHEAD = 2
+# Columns of a strip, at most. Wide ones read fewer columns twice.
+_STRIPS = (128, 64, 32)
+# Registers of a lane's middle: what leaves room for a dozen warps, and what can be kept at all.
+_FEW_WORDS = 64
+_MOST_WORDS = 128
+# 64 -> 128 channels, 112x112 and 512x512, took from 59 to 69 % of the time that the parts take.
+_TIMED_CHANNELS = 64
+_TIMED_RESULTS = 128
+_TIMED_COLUMNS = 112
 _FLOAT_BYTES = 4
 _BARRIER_BYTES = 8
 
@@ -41,8 +50,17 @@ def fragments(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, tar
     require(g, dtype, target, aligned)
     tile = next(tiles(g, dtype, epilogue, target), None)
     if tile is None:
-        raise Unsuitable(f"keeps a ring of rows of {g.depthwise.C} channels, which does not fit in shared memory")
+        raise Unsuitable(
+            f"keeps {g.depthwise.C} channels in registers and rows of them in shared memory, which do not fit"
+        )
     return tile_plan(g, dtype, epilogue, target, tile)
+
+
+def beats_others(g: SeparableGeometry, dtype: str, target: Target) -> bool:
+    """Where it was timed beside kernels for each part, and took less: see benchmarks/NOTES.md."""
+    size = DTYPES[dtype][1]
+    few = g.pointwise.C <= _TIMED_CHANNELS and g.pointwise.K <= _TIMED_RESULTS
+    return few and not g.depthwise.channels_last and _whole(g.depthwise, size) and g.depthwise.Q >= _TIMED_COLUMNS
 
 
 def require(g: SeparableGeometry, dtype: str, target: Target, aligned: bool) -> None:
@@ -67,16 +85,37 @@ def require(g: SeparableGeometry, dtype: str, target: Target, aligned: bool) -> 
 
 def tiles(g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target: Target) -> Iterator[Tile]:
     """All tiles that fit, the preferred one first."""
-    for lane_rows in (2, 1) if DTYPES[dtype][1] == 2 else (1, 2):
-        for warps in (11, 7, 15) if _whole(g.depthwise, DTYPES[dtype][1]) else (8, 12, 4):
-            for words in (4, 3, 2, 1):
-                tile = _tile(g, dtype, epilogue, target, lane_rows, warps, 32 * words)
+    for lane_rows in (2, 1):
+        for warps in _warps(g, dtype, lane_rows):
+            for widest in _STRIPS:
+                tile = _tile(g, dtype, epilogue, target, lane_rows, warps, widest)
                 if tile is not None:
                     yield tile
 
 
+def _warps(g: SeparableGeometry, dtype: str, lane_rows: int) -> tuple[int, ...]:
+    """How many of them compute, such that a lane's registers suffice for so many rows."""
+    last, size = g.depthwise.channels_last, DTYPES[dtype][1]
+    whole = _whole(g.depthwise, size)
+    blocks = _depth_blocks(g.pointwise, size)
+    words = 2 * _COLUMNS * lane_rows * blocks  # of a lane's middle
+    if lane_rows > 1 and (words > _FEW_WORDS or size > 2 or last or not whole):
+        return ()
+    if words > _FEW_WORDS:
+        return () if words > _MOST_WORDS else (7,) if whole else (4,)
+    if not whole:
+        return (8, 4)
+    return (7,) if (last and size == 4) or (not last and size == 2 and blocks > 4) else (11, 7)
+
+
 def _tile(
-    g: SeparableGeometry, dtype: str, epilogue: SeparableEpilogue, target: Target, lane_rows: int, warps: int, widest: int
+    g: SeparableGeometry,
+    dtype: str,
+    epilogue: SeparableEpilogue,
+    target: Target,
+    lane_rows: int,
+    warps: int,
+    widest: int,
 ) -> Tile | None:
     depthwise, pointwise = g.depthwise, g.pointwise
     size = DTYPES[dtype][1]
