@@ -32,6 +32,7 @@ from . import (
     wgrad_channels_last_staged,
     wgrad_diagonals,
     wgrad_pairs,
+    wgrad_tiles,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .layouts import transposed
@@ -91,7 +92,7 @@ _WGRAD = {
     "channels_last_runs": wgrad_channels_last_runs.channels_last_runs,
     "channels_last": wgrad_channels_last.channels_last,
     "channels_last_mma": wgrad_channels_last_mma.channels_last_mma,
-    "tiles": wgrad.tiles,
+    "tiles": wgrad_tiles.tiles,
     "direct": wgrad.direct,
 }
 
