@@ -9,7 +9,7 @@ import oracle
 import pytest
 from test_wgrad_channels_last import gradients
 
-from cuconv import kernels
+from cuconv import kernels, plan
 from cuconv.geometry import depthwise_geometry
 from cuconv.plan import wgrad_tiles
 
@@ -105,3 +105,9 @@ def test_nan_and_infinity_reach_what_they_meet(device, rng):
         for exact, result in zip(expected, results, strict=True):
             np.testing.assert_array_equal(np.isfinite(result), np.isfinite(exact))
             np.testing.assert_array_equal(result[~np.isfinite(exact)], exact[~np.isfinite(exact)])
+
+
+def test_what_32_bits_cannot_count_is_refused(device):
+    g = depthwise_geometry((2**15, 1, 2**16, 8), (1, 1, 9, 8))
+    with pytest.raises(plan.Unsuitable, match=r"variant tiles: takes extents, and rows of dy"):
+        plan.depthwise_wgrad(g, "float32", True, device.target, "tiles")

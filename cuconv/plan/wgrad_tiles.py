@@ -37,6 +37,8 @@ _IMAGES = (1, 2, 4, 8, 16, 32)
 _PARTS = (1, 2, 4, 8, 16, 32)
 # Slabs are so few that a multiprocessor has no more blocks than this, or there is one: the workspace stays small.
 _MOST_BLOCKS = 16
+# Units, and offsets within rows and columns, are 32-bit integers.
+_MAX_EXTENT = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ def tiles(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, aligned: bo
         raise Unsuitable(f"takes more than {MAX_TAPS} taps, and the kernel has {g.R} x {g.S}")
     if g.stride != (1, 1) or g.dilation != (1, 1):
         raise Unsuitable(f"takes stride 1 and dilation 1, and has {g.stride} and {g.dilation}")
+    extent = max(g.H, g.W, g.P, g.Q, *(side for sides in g.padding for side in sides))
+    if extent > _MAX_EXTENT or g.N * g.P > _MAX_EXTENT:
+        raise Unsuitable(f"takes extents, and rows of dy, of at most {_MAX_EXTENT}, not {extent} and {g.N * g.P}")
     best = min(tiles_of(g, dtype, target), key=lambda tile: cost(g, dtype, target, tile), default=None)
     if best is None:
         raise Unsuitable(f"{g.R} x {g.S} taps and rows of {g.W} elements do not fit shared memory and one launch")
