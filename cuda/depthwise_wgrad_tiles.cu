@@ -1,13 +1,21 @@
 // Depthwise convolution, gradients of the weights and the bias, NCHW, stride 1, of kernels too large for
-// depthwise_wgrad_runs: a thread owns neighbouring taps of some kernel rows, one below the other.
+// depthwise_wgrad_runs. From sm_75 up.
 //
-// A block owns some kernel rows of one channel and a slab of the batch: it goes through units, each some rows of dy in
-// one image. Dy and the rows of x that it meets are laid out in shared memory as sums are made, zeros around them. A
-// thread walks down some rows of dy, kStep columns at a time: a row of these meets ROWS windows of x, of which the next
-// row of dy meets all but one again. Threads with the same taps and other rows of dy are added in the end.
+// A warp owns a tile of taps, some of each of kRows kernel rows, and every lane of it all of these for pixels of its own,
+// kStep columns of rows one below the other: an element of x meets kStep pixels of kRows rows of dy, which stay in
+// registers for as many rows of x. Rows of x that are padding are passed over. In the end the lanes of a warp are added.
+//
+// A block has some tiles, those of its warps and then further ones, and a slab of the batch: it goes through units, each
+// some images, or some rows of dy of one. A unit is laid out in shared memory as sums are made, with zeros to the left
+// and right of x, and above and below dy.
+//
+// A row of shared memory has its even pieces of 16 bytes first, then the odd ones: lanes, two pieces apart, meet
+// different banks.
 //
 // Compile-time values: T; BIAS (whether dbias is summed too); FINAL (there is one slab, and no need for another
-// launch); ROWS, CHUNK (of a thread: kernel rows, and taps of each); THREADS.
+// launch); ROWS, CHUNK (of a tile: kernel rows, and taps of each); PHASE (columns by which x's first one lies further to
+// the right than its padding takes, so as to be a piece's first); IN_VECTOR (elements of one load: they divide a piece,
+// W and Q); THREADS, BLOCKS (that a multiprocessor is to hold).
 #include "indices.cuh"
 #include "numbers.cuh"
 
@@ -18,14 +26,23 @@ constexpr bool kBias = CUCONV_BIAS;
 constexpr bool kFinal = CUCONV_FINAL;
 constexpr int kRows = CUCONV_ROWS;
 constexpr int kChunk = CUCONV_CHUNK;
+constexpr int kPhase = CUCONV_PHASE;
+constexpr int kIn = CUCONV_IN_VECTOR;
 constexpr int kThreads = CUCONV_THREADS;
-constexpr int kStep = 8;
-// Columns of x that a step of dy and a chunk of taps meet, in whole vectors.
-constexpr int kPiece = 16 / static_cast<int>(sizeof(Sum));
-constexpr int kWindow = (kStep + kChunk - 1 + kPiece - 1) / kPiece * kPiece;
+constexpr int kBlocks = CUCONV_BLOCKS;
+constexpr int kTaps = kRows * kChunk;
 constexpr int kWarp = 32;
-// Loads of global memory that are under way at once.
+constexpr int kWarps = kThreads / kWarp;
+// Values of the widest load of shared memory, and of two of them.
+constexpr int kPiece = 16 / static_cast<int>(sizeof(Sum));
+constexpr int kStep = 2 * kPiece;
+// Of a row of x, what a step of dy and a row of taps meet, in whole pieces.
+constexpr int kWindow = (kPhase + kStep + kChunk - 1 + kPiece - 1) / kPiece * kPiece;
+// Pieces that a thread loads before it stores the first.
 constexpr int kAhead = 4;
+// The taps of a tile, in the end shared out by its lanes.
+constexpr int kLaneTaps = kTaps <= 16 ? 16 : kTaps <= 32 ? 32 : 64;
+static_assert(kTaps <= kLaneTaps);
 
 struct Parameters {
   int multiplier;  // planes of dy for each plane of x
@@ -33,174 +50,135 @@ struct Parameters {
   int R, S;
   int H, W, P, Q;
   int top, left;   // padding
-  int stride_h, stride_w, dilation_h, dilation_w;
-  int chunks;      // of a kernel row
-  int tap_threads; // that have all taps of the block, among them
-  uint32 chunks_magic, tap_threads_magic;
-  int tap_rows;    // kernel rows of a block: a multiple of ROWS
-  int unit_rows;   // rows of dy of a unit
-  int thread_rows; // of them that a thread walks down
+  int stride_h, stride_w, dilation_h, dilation_w;  // 1
+  int N;
+  int chunks;      // tiles beside each other in a kernel row: their starts are whole steps apart
+  int rounds;      // tiles of a warp, one after the other
+  int strips;      // steps of a row of dy
+  int parts;       // into which the rows that a tile meets are cut
+  int items;       // of a unit: images times parts times strips
+  uint32 strips_magic, parts_magic;
+  int unit_images;
+  int unit_rows;   // of dy
   int row_units;   // units of an image
   int units;       // of all images
   int block_units; // that a block goes through
-  int x_pitch, dy_pitch;
+  int x_pieces, dy_pieces;  // of a row that are laid out
+  uint32 x_pieces_magic, dy_pieces_magic;
+  int lead;                 // pieces of zeros before x
+  int x_half, x_pitch, x_image;     // values of half a row, from row to row, from image to image
+  int dy_half, dy_pitch, dy_image;
 };
 
-// Values of shared memory, from a multiple of 16 bytes on.
+// How the threads of a block share rows: a thread has a piece of every `rows`-th one, from `row` on.
+struct Spread {
+  int pieces, lead, rows, row, piece;
+};
+
+__device__ __forceinline__ Spread spread_over(int pieces, uint32 pieces_magic, int lead) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (pieces >= kThreads) return {pieces, lead, 1, 0, thread};
+  const int row = divide(thread, pieces_magic);
+  return {pieces, lead, divide(kThreads, pieces_magic), row, thread - row * pieces};
+}
+
+// Values of shared memory from a whole step of columns on.
 template <int kCount>
-__device__ __forceinline__ void load_vectors(const Sum* source, Sum (&value)[kCount]) {
+__device__ __forceinline__ void load_pieces(const Sum* source, int half, Sum (&value)[kCount]) {
   static_assert(kCount % kPiece == 0);
 #pragma unroll
-  for (int i = 0; i < kCount; i += kPiece) {
-    const auto piece = *reinterpret_cast<const Vector<Sum, kPiece>*>(source + i);
+  for (int i = 0; i < kCount / kPiece; ++i) {
+    const auto piece = *reinterpret_cast<const Vector<Sum, kPiece>*>(source + i / 2 * kPiece + (i % 2 ? half : 0));
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) value[i + e] = piece.piece[e];
+    for (int e = 0; e < kPiece; ++e) value[i * kPiece + e] = piece.piece[e];
   }
 }
 
-// Lays `rows` rows of a plane (extent_h, extent_w), from first_row and first_column on, out in `pitch` columns each:
-// zeros where there is none. Adds up all elements, and in `seen` a NaN where one is not finite.
-__device__ __forceinline__ void lay_out(const T* plane, int extent_h, int extent_w, int first_row, int first_column,
-                                        int rows, int pitch, Sum* shared, Sum& total, Sum& seen) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int row = static_cast<int>(threadIdx.x) / kWarp; row < rows; row += kThreads / kWarp) {
-    const T* const source = plane + static_cast<int64>(first_row + row) * extent_w + first_column;
-    const bool row_within = within(first_row + row, extent_h);
-    for (int column = lane; column < pitch; column += kAhead * kWarp) {
-      Sum value[kAhead];
+// Adds up, over all lanes and always in the same order, each of kCount values: a lane ends with those of its number, when
+// all are counted out to the lanes in order.
+template <int kCount, int kApart, int kSize>
+__device__ __forceinline__ void add_lanes(Sum (&value)[kSize], int lane) {
+  if constexpr (kApart > 0) {
+    constexpr int kKept = kCount > 1 ? kCount / 2 : 1;
+    const bool upper = (lane & kApart) != 0;
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int at = column + i * kWarp;
-        value[i] = row_within && within(first_column + at, extent_w) ? widen(source[at]) : Sum(0);
-      }
+    for (int i = 0; i < kKept; ++i) {
+      const Sum other = kCount > 1 ? value[i + kCount - kKept] : value[i];
+      const Sum given = upper ? value[i] : other;
+      value[i] = (upper ? other : value[i]) + __shfl_xor_sync(0xffffffff, given, kApart);
+    }
+    add_lanes<kKept, kApart / 2>(value, lane);
+  }
+}
+
+// Lays out some rows of a plane in each of some images: row 0 is first_row, and those before `begin` and from `end` on,
+// and all of images that do not exist, are zeros. `add` is called with every value.
+template <class Add>
+__device__ __forceinline__ void lay_out(const T* source, int64 image_size, int images, int unit_images, int first_row,
+                                        int begin, int end, int rows, int width, Spread spread, Sum* shared, int half,
+                                        int pitch, int image_pitch, const Add& add) {
+  if (spread.row >= spread.rows) return;
+  for (int image = 0; image < unit_images; ++image, source += image_size, shared += image_pitch) {
+    const int existing = image < images ? end : begin;
+    for (int piece = spread.piece; piece < spread.pieces; piece += kThreads) {
+      const int place = piece + spread.lead;
+      const T* at = source + static_cast<int64>(first_row + spread.row) * width + piece * kPiece;
+      Sum* to = shared + spread.row * pitch + place / 2 * kPiece + (place % 2 ? half : 0);
+      for (int first = spread.row; first < rows; first += kAhead * spread.rows) {
+        Sum value[kAhead][kPiece];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (column + i * kWarp < pitch) {
-          shared[row * pitch + column + i * kWarp] = value[i];
-          total += value[i];
-          seen = fma(value[i], Sum(0), seen);
+        for (int i = 0; i < kAhead; ++i, at += spread.rows * width) {
+          const int row = first + i * spread.rows;
+#pragma unroll
+          for (int e = 0; e < kPiece; e += kIn) {
+            Sum loaded[kIn];
+            load_widened<kIn>(at + e, row >= begin && row < existing && piece * kPiece + e < width, loaded);
+#pragma unroll
+            for (int v = 0; v < kIn; ++v) value[i][e + v] = loaded[v];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i, to += spread.rows * pitch) {
+          if (first + i * spread.rows < rows) store_narrowed<kPiece>(to, value[i]);
+#pragma unroll
+          for (int e = 0; e < kPiece; ++e) add(value[i][e]);
         }
       }
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     depthwise_wgrad_tiles(const T* dy, const T* x, Sum* partials, T* dw, T* dbias,
                           const __grid_constant__ Parameters g) {
   CUCONV_DYNAMIC_SHARED(shared);
   Sum* const x_shared = reinterpret_cast<Sum*>(shared);
-  Sum* const dy_shared = x_shared + (g.unit_rows + g.tap_rows - 1) * g.x_pitch;
+  Sum* const dy_shared = x_shared + g.unit_images * g.x_image;
   const int thread = static_cast<int>(threadIdx.x);
-  const int first_unit = static_cast<int>(blockIdx.x) * g.block_units;
-  const int units = min(g.block_units, g.units - first_unit);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
   const int k = static_cast<int>(blockIdx.y);
   const int C = g.K / g.multiplier;
-  const int r0 = static_cast<int>(blockIdx.z) * g.tap_rows;
-  const int part = divide(thread, g.tap_threads_magic);
-  const int of_part = thread - part * g.tap_threads;
-  const int group = divide(of_part, g.chunks_magic);
-  const int chunk = of_part - group * g.chunks;
-  const int first_row = group * kRows;
-  const bool owner = part * g.thread_rows < g.unit_rows;
   const int64 x_plane = static_cast<int64>(g.H) * g.W;
   const int64 dy_plane = static_cast<int64>(g.P) * g.Q;
+  const int first_unit = static_cast<int>(blockIdx.x) * g.block_units;
+  const int end_unit = min(first_unit + g.block_units, g.units);
+  // The block's first tile of taps, its first kernel row, and the one behind those of its last tile.
+  const int first_tile = static_cast<int>(blockIdx.z) * (kWarps * g.rounds);
+  const int first_r = first_tile / g.chunks * kRows;
+  const int end_r = min((first_tile + kWarps * g.rounds - 1) / g.chunks + 1, (g.R + kRows - 1) / kRows) * kRows;
 
-  Sum sum[kRows][kChunk] = {};
-  Sum bias_sum = 0, seen = 0, unused = 0;
-  for (int turn = 0; turn < units; ++turn) {
-    const int unit = first_unit + turn;
-    const int image = unit / g.row_units;
-    const int p0 = (unit - image * g.row_units) * g.unit_rows;
-    const int rows = min(g.unit_rows, g.P - p0);
-    __syncthreads();
-    lay_out(x + (static_cast<int64>(image) * C + k / g.multiplier) * x_plane, g.H, g.W, p0 - g.top + r0, -g.left,
-            rows + g.tap_rows - 1, g.x_pitch, x_shared, unused, seen);
-    lay_out(dy + (static_cast<int64>(image) * g.K + k) * dy_plane + static_cast<int64>(p0) * g.Q, rows, g.Q, 0, 0, rows,
-            g.dy_pitch, dy_shared, bias_sum, seen);
-    __syncthreads();
-    // The thread's rows of dy, and of them those whose rows of x are not all padding.
-    const int above = g.top - r0 - first_row - p0;
-    const int p_begin = max(part * g.thread_rows, above - (kRows - 1));
-    const int p_end = min(min(rows, (part + 1) * g.thread_rows), above + g.H);
-    if (!owner || p_begin >= p_end) continue;
-#pragma unroll 1
-    for (int q = 0; q < g.Q; q += kStep) {
-      const Sum* x_row = x_shared + (p_begin + first_row) * g.x_pitch + chunk * kChunk + q;
-      const Sum* dy_row = dy_shared + p_begin * g.dy_pitch + q;
-      Sum window[kRows][kWindow];
-#pragma unroll
-      for (int i = 0; i < kRows - 1; ++i, x_row += g.x_pitch) load_vectors(x_row, window[i]);
-#pragma unroll 1
-      for (int p = p_begin; p < p_end; p += kRows) {
-#pragma unroll
-        for (int phase = 0; phase < kRows; ++phase) {
-          if (p + phase >= p_end) break;
-          Sum gradient[kStep];
-          load_vectors(dy_row, gradient);
-          load_vectors(x_row, window[(phase + kRows - 1) % kRows]);
-#pragma unroll
-          for (int i = 0; i < kRows; ++i)
-#pragma unroll
-            for (int v = 0; v < kStep; ++v)
-#pragma unroll
-              for (int s = 0; s < kChunk; ++s)
-                sum[i][s] = fma(window[(phase + i) % kRows][v + s], gradient[v], sum[i][s]);
-          x_row += g.x_pitch;
-          dy_row += g.dy_pitch;
-        }
-      }
-    }
+  // The zeros before and behind rows stay.
+  for (int i = thread * kPiece; i < g.unit_images * g.x_image; i += kThreads * kPiece) {
+    const Sum nothing[kPiece] = {};
+    store_narrowed<kPiece>(x_shared + i, nothing);
   }
+  const Spread x_spread = spread_over(g.x_pieces, g.x_pieces_magic, g.lead);
+  const Spread dy_spread = spread_over(g.dy_pieces, g.dy_pieces_magic, 0);
 
-  // The zeros behind a row of dy have met elements of x that are not finite, and rows of dy that are not finite have not
-  // met the padding: once more, tap by tap.
-  if (__syncthreads_or(seen != seen)) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int s = 0; s < kChunk; ++s) sum[i][s] = Sum(0);
-    for (int turn = 0; turn < units && owner; ++turn) {
-      const int unit = first_unit + turn;
-      const int image = unit / g.row_units;
-      const int p0 = (unit - image * g.row_units) * g.unit_rows;
-      const T* const x_source = x + (static_cast<int64>(image) * C + k / g.multiplier) * x_plane;
-      const T* const dy_source = dy + (static_cast<int64>(image) * g.K + k) * dy_plane;
-      const int end = min(min(p0 + g.unit_rows, g.P), p0 + (part + 1) * g.thread_rows);
-      for (int p = p0 + part * g.thread_rows; p < end; ++p)
-        for (int q = 0; q < g.Q; ++q) {
-          const Sum gradient = widen(dy_source[static_cast<int64>(p) * g.Q + q]);
-          const int column = q - g.left + chunk * kChunk;
-#pragma unroll
-          for (int i = 0; i < kRows; ++i)
-#pragma unroll
-            for (int s = 0; s < kChunk; ++s) {
-              const int row = p - g.top + r0 + first_row + i;
-              const bool exists = within(row, g.H) && within(column + s, g.W);
-              const Sum value = exists ? widen(x_source[static_cast<int64>(row) * g.W + column + s]) : Sum(0);
-              sum[i][s] = fma(value, gradient, sum[i][s]);
-            }
-        }
-    }
-  }
-
-  // Threads with the same taps add up, always in the same order.
-  constexpr int kTaps = kRows * kChunk;
-  const int parts = (g.unit_rows + g.thread_rows - 1) / g.thread_rows;
-  __syncthreads();
-  if (owner && part > 0) {
-#pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap)
-      x_shared[((part - 1) * kTaps + tap) * g.tap_threads + of_part] = sum[tap / kChunk][tap % kChunk];
-  }
-  __syncthreads();
-  if (part == 0) {
-    for (int other = 0; other < parts - 1; ++other)
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap)
-        sum[tap / kChunk][tap % kChunk] += x_shared[(other * kTaps + tap) * g.tap_threads + of_part];
-  }
-
+  Sum bias_sum = 0, seen = 0;
+  bool plainly = false;
+  int laid = -1;
   const auto deliver = [&](int tap, Sum total) {
     const int entries = g.R * g.S + kBias;
     if (!kFinal) {
@@ -211,17 +189,124 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       dbias[k] = narrow<T>(total);
     }
   };
-  if (part == 0) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int s = 0; s < kChunk; ++s) {
-        const int r = r0 + first_row + i;
-        const int column = chunk * kChunk + s;
-        if (first_row + i < g.tap_rows && r < g.R && column < g.S) deliver(r * g.S + column, sum[i][s]);
+  for (int round = 0; round < g.rounds; ++round) {
+    const int tile = first_tile + round * kWarps + warp;
+    const int chunk = tile % g.chunks;
+    const int r = tile / g.chunks * kRows;
+    Sum sum[kRows][kChunk] = {};
+    for (int unit = first_unit; unit < end_unit; ++unit) {
+      const int first_image = unit / g.row_units * g.unit_images;
+      const int p0 = unit % g.row_units * g.unit_rows;
+      const int rows = min(g.unit_rows, g.P - p0);
+      // The rows of x that the block's taps meet, of those that exist.
+      const int x_first = max(p0 - g.top + first_r, 0);
+      if (unit != laid) {
+        const int images = min(g.unit_images, g.N - first_image);
+        const int x_rows = max(min(p0 + rows - 1 - g.top + end_r, g.H) - x_first, 0);
+        __syncthreads();
+        lay_out(x + (static_cast<int64>(first_image) * C + k / g.multiplier) * x_plane, C * x_plane, images,
+                g.unit_images, x_first, 0, x_rows, x_rows, g.W, x_spread, x_shared, g.x_half, g.x_pitch, g.x_image,
+                [&](Sum value) { seen = fma(value, Sum(0), seen); });
+        // As many rows of zeros above and below dy as a tile has rows but one.
+        lay_out(dy + (static_cast<int64>(first_image) * g.K + k) * dy_plane, g.K * dy_plane, images, g.unit_images,
+                p0 - (kRows - 1), kRows - 1, kRows - 1 + rows, rows + 2 * (kRows - 1), g.Q, dy_spread, dy_shared,
+                g.dy_half, g.dy_pitch, g.dy_image, [&](Sum value) {
+                  if (kBias && round == 0) bias_sum += value;
+                  seen = fma(value, Sum(0), seen);
+                });
+        plainly = __syncthreads_or(seen != seen);
+        laid = unit;
       }
+      if (r >= g.R) continue;
+
+      // The rows of x that the tile's taps meet.
+      const int y_begin = max(p0 - g.top + r, 0);
+      const int y_end = min(p0 + rows - 1 - g.top + r + kRows, g.H);
+      const int part_rows = (y_end - y_begin + g.parts - 1) / g.parts;
+      for (int item = lane; item < g.items; item += kWarp) {
+        const int row_item = divide(item, g.strips_magic);
+        const int strip = item - row_item * g.strips;
+        const int image = divide(row_item, g.parts_magic);
+        const int begin = y_begin + (row_item - image * g.parts) * part_rows;
+        const int end = min(begin + part_rows, y_end);
+        if (begin >= end) continue;
+        const Sum* x_row = x_shared + image * g.x_image + (begin - x_first) * g.x_pitch +
+                           (chunk * kChunk / kStep + strip) * kPiece;
+        // The row of dy that the first row of taps meets; the others meet those above.
+        const Sum* dy_row = dy_shared + image * g.dy_image + (begin - (p0 - g.top + r)) * g.dy_pitch + strip * kPiece;
+        Sum gradient[kRows][kStep];
+#pragma unroll
+        for (int i = 1; i < kRows; ++i, dy_row += g.dy_pitch) load_pieces(dy_row, g.dy_half, gradient[i]);
+#pragma unroll 1
+        for (int y = begin; y < end; y += kRows) {
+#pragma unroll
+          for (int phase = 0; phase < kRows; ++phase) {
+            if (y + phase >= end) break;
+            Sum window[kWindow];
+            load_pieces(x_row, g.x_half, window);
+            load_pieces(dy_row, g.dy_half, gradient[phase]);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i)
+#pragma unroll
+              for (int v = 0; v < kStep; ++v)
+#pragma unroll
+                for (int s = 0; s < kChunk; ++s)
+                  sum[i][s] = fma(window[kPhase + v + s], gradient[(phase + kRows - i) % kRows][v], sum[i][s]);
+            x_row += g.x_pitch;
+            dy_row += g.dy_pitch;
+          }
+        }
+      }
+    }
+    if (r >= g.R) continue;
+
+    // The zeros behind a row of dy have met elements of x that are not finite, and elements of dy that are not finite
+    // have not met the padding: once more, tap by tap.
+    if (plainly) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int s = 0; s < kChunk; ++s) sum[i][s] = Sum(0);
+      for (int unit = first_unit; unit < end_unit; ++unit) {
+        const int first_image = unit / g.row_units * g.unit_images;
+        const int p0 = unit % g.row_units * g.unit_rows;
+        const int rows = min(g.unit_rows, g.P - p0);
+        for (int n = first_image; n < min(first_image + g.unit_images, g.N); ++n) {
+          const T* const x_source = x + (static_cast<int64>(n) * C + k / g.multiplier) * x_plane;
+          const T* const dy_source = dy + (static_cast<int64>(n) * g.K + k) * dy_plane;
+          for (int p = p0; p < p0 + rows; ++p)
+            for (int q = lane; q < g.Q; q += kWarp) {
+              const Sum gradient = widen(dy_source[static_cast<int64>(p) * g.Q + q]);
+              const int column = q - g.left + chunk * kChunk;
+#pragma unroll
+              for (int i = 0; i < kRows; ++i)
+#pragma unroll
+                for (int s = 0; s < kChunk; ++s) {
+                  const int row = p - g.top + r + i;
+                  const bool exists = within(row, g.H) && within(column + s, g.W);
+                  const Sum value = exists ? widen(x_source[static_cast<int64>(row) * g.W + column + s]) : Sum(0);
+                  sum[i][s] = fma(value, gradient, sum[i][s]);
+                }
+            }
+        }
+      }
+    }
+
+    Sum total[kLaneTaps];
+#pragma unroll
+    for (int tap = 0; tap < kLaneTaps; ++tap) total[tap] = tap < kTaps ? sum[tap / kChunk % kRows][tap % kChunk] : Sum(0);
+    add_lanes<kLaneTaps, kWarp / 2>(total, lane);
+    const int first_tap = lane * kLaneTaps / kWarp;
+#pragma unroll
+    for (int i = 0; i < max(1, kLaneTaps / kWarp); ++i) {
+      const int tap = first_tap + i;
+      const int s = chunk * kChunk + tap % kChunk;
+      const bool exists = tap < kTaps && r + tap / kChunk < g.R && s < g.S;
+      // Of neighbouring lanes with the same tap one.
+      if (exists && lane * kLaneTaps % kWarp == 0) deliver((r + tap / kChunk) * g.S + s, total[i]);
+    }
   }
-  if (kBias && r0 == 0) {
+  if (kBias && blockIdx.z == 0) {
     __syncthreads();
     x_shared[thread] = bias_sum;
     __syncthreads();

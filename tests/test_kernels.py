@@ -41,6 +41,9 @@ SPILL_BUDGET_IMAGES = 16
 REGISTER_BUDGET_QUADS = 184
 # A few words on sm_90a, where a fifth block fits: of 5x5 on 7x7 it makes 43 % of the floor of 39.
 SPILL_BUDGET_QUADS = 16
+# 16-bit rows of an odd number of elements on both sides, one by one.
+REGISTER_BUDGET_TRANSPOSED = 96
+SPILL_BUDGET_LARGE_WGRAD = 0
 # Bytes a thread: sums over multiplied channels in float64 keep one of their weights in memory on sm_100, and patches of
 # 4x7 without vectors a word on sm_120. In the tile that was the fastest of those measured, the gradient at dilation 12
 # in bfloat16 keeps two addresses there.
@@ -263,6 +266,40 @@ def test_the_largest_patches_that_load_all_rows_at_once_compile_without_spills(a
         largest = max(tiles, key=lambda tile, g=g, back=back: channels_last._values_at_once(tile, g, size, back))
         resources = kernels.compile_only(channels_last.tile_plan(g, dtype, largest, back), architecture)
         assert resources.spill_bytes == 0, f"{largest} spills {resources.spill_bytes} bytes on {architecture}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_transposition_compiles_within_its_budget(size, architecture):
+    """Vectors on both sides, on one and on none."""
+    for rows, columns in product((3136, 3135), (128, 67)):
+        resources = kernels.compile_only(plan.transposed(16, rows, columns, size, True), architecture)
+        assert resources.spill_bytes == 0
+        assert resources.registers <= REGISTER_BUDGET_TRANSPOSED, f"{rows} x {columns}: {resources.registers}"
+
+
+LARGE = {
+    "slak51": ((16, 96, 56, 56), (51, 5), (25, 2)),
+    "slak5x51": ((16, 96, 56, 56), (5, 51), (2, 25)),
+    "replk31": ((16, 128, 56, 56), (31, 31), 15),
+    "13x13": ((16, 512, 14, 14), (13, 13), 6),
+    "9x9_7": ((64, 1024, 7, 7), (9, 9), 4),
+    "12x11_image": ((1, 64, 200, 200), (12, 11), 5),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", LARGE)
+def test_wgrad_of_large_kernels_compiles_within_its_budget(case, architecture):
+    x_shape, kernel, padding = LARGE[case]
+    g = geometry(x_shape, (x_shape[1], 1, *kernel), padding=padding)
+    every = product(("float32", "bfloat16", "float64"), (False, True))
+    for dtype, bias in every if architecture == MEASURED else [("float32", True), ("float64", False)]:
+        chosen = plan.depthwise_wgrad(g, dtype, bias, TARGETS[architecture], "tiles").sums
+        resources = kernels.compile_only(chosen, architecture)
+        spilled = resources.spill_bytes
+        assert spilled <= SPILL_BUDGET_LARGE_WGRAD, f"{chosen} spills {spilled} bytes on {architecture}"
+        assert resources.registers <= REGISTER_BUDGET, f"{chosen} takes {resources.registers}"
 
 
 SMALL_PLANES = {

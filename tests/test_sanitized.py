@@ -24,8 +24,10 @@ GEOMETRIES = (
     "7x7_planes",
     "columns_of_padding",
 )
-CHOSEN = f"hostcuda and ((float16 and ({' or '.join(GEOMETRIES)})) or (test_runs and small_planes))"
-FILES = [f"tests/test_{name}.py" for name in ("depthwise", "depthwise_dgrad", "depthwise_wgrad", "tile_kinds")]
+OTHERS = "(test_runs and small_planes) or (to_its_place and float16) or (test_wgrad_tiles and padding_alone)"
+CHOSEN = f"hostcuda and ((float16 and ({' or '.join(GEOMETRIES)})) or {OTHERS})"
+NAMES = ("depthwise", "depthwise_dgrad", "depthwise_wgrad", "tile_kinds", "layouts", "wgrad_tiles")
+FILES = [f"tests/test_{name}.py" for name in NAMES]
 
 
 @pytest.mark.skipif(not hostcuda.available(), reason="no g++: kernels do not run on the host")

@@ -41,6 +41,7 @@ from . import (
     wgrad_flat,
     wgrad_pairs,
     wgrad_phases,
+    wgrad_tiles,
 )
 from .base import DTYPES, MAX_GRID, TARGETS, VECTOR_BYTES, Plan, Target, Unsuitable
 from .layouts import transposed
@@ -116,7 +117,7 @@ _WGRAD = {
     "channels_last": wgrad_channels_last.channels_last,
     "channels_last_mma": wgrad_channels_last_mma.channels_last_mma,
     "channels_last_planes": channels_last_planes.wgrad,
-    "tiles": wgrad.tiles,
+    "tiles": wgrad_tiles.tiles,
     "direct": wgrad.direct,
 }
 
