@@ -80,8 +80,10 @@ def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
 
 
 def beats_others_of_wgrad(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
-    """Likewise, percent by depthwise_wgrad_flat and by depthwise_wgrad_runs: 3x3 on 129x131 80 and 53, on 225x225 52 and
-    40, on 57x57 57 and 41, on 29x29 35 and 43; 5x5 on 57x57 45 and 24."""
+    """Likewise, percent by depthwise_wgrad_flat and by depthwise_wgrad_runs.
+
+    3x3 on 129x131 80 and 53, on 225x225 52 and 40, on 57x57 57 and 41, on 29x29 35 and 43; 5x5 on 57x57 45 and 24.
+    """
     return _measured(g, dtype, 57)
 
 
