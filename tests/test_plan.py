@@ -84,6 +84,32 @@ def test_the_default():
         assert sources(g, "float32") == direct
 
 
+def test_the_default_of_rows_of_odd_length():
+    """As they lie in memory, in 16-bit, where the other kernels that take odd rows are slower."""
+
+    def sources(x_shape, kernel, dtype="bfloat16", aligned=True, padding=None, target=H200):
+        g = geometry(x_shape, (x_shape[1], 1, kernel, kernel), padding=kernel // 2 if padding is None else padding)
+        forward, dgrad = (
+            make(g, dtype, target, None, aligned).source.replace("dgrad_d", "forward_d") for make in PASSES
+        )
+        wgrad = plan.depthwise_wgrad(g, dtype, True, target, None, aligned).source
+        assert forward == dgrad
+        return forward.removeprefix("depthwise_"), wgrad.removeprefix("depthwise_wgrad_")
+
+    for x_shape in ((32, 67, 129, 131), (64, 3, 225, 225), (32, 128, 57, 57), (16, 16, 300, 301)):
+        assert sources(x_shape, 3) == sources(x_shape, 3, "float16") == ("flat", "flat")
+        assert sources(x_shape, 3, "float32") == sources(x_shape, 3, aligned=False) == ("runs", "runs")
+        assert sources(x_shape, 3, padding=0) == ("runs", "runs")
+    assert sources((64, 256, 29, 29), 3) == ("flat", "runs")
+    assert sources((64, 256, 29, 29), 5) == sources((32, 128, 57, 57), 5) == ("flat", "diagonals")
+    assert sources((32, 67, 129, 131), 5) == ("flat", "flat")
+    assert sources((128, 512, 15, 15), 3) == ("runs", "pairs")
+    # Even rows, short launches, many taps.
+    for x_shape, kernel in (((32, 67, 129, 130), 3), ((1, 67, 129, 131), 3), ((32, 128, 57, 57), 7)):
+        assert "flat" not in sources(x_shape, kernel)
+    assert sources((32, 67, 129, 131), 3, target=plan.TARGETS[80]) == ("forward_direct", "direct")
+
+
 def test_the_default_of_wgrad():
     """Tensor cores for kernels of many taps, for large dilations, and for small planes of enough images."""
 
@@ -976,6 +1002,27 @@ def test_the_number_of_variants_of_wgrad_on_tensor_cores_is_bounded(variant):
         assert seen.pop("PLANE_CHUNKS") <= set(range(1, 34))
         assert seen.pop("FIRST") <= set(range(-8, 1))
         assert seen.pop("OFFSETS") <= set(range(1, 17))
+    assert all(len(values) <= 2 for values in seen.values()), seen
+
+
+def test_the_number_of_flat_variants_is_bounded():
+    rng = np.random.default_rng(7)
+    seen = {}
+    for _ in range(150):
+        n, c, h, w, R, S = (int(v) for v in rng.integers(1, (70, 300, 300, 300, 9, 9)))
+        padding = tuple((before, taps - 1 - before) for taps in (R, S) for before in [int(rng.integers(taps))])
+        g = geometry((n, c, h, w + S), (c, 1, R, S), padding=padding)
+        forward, _ = plan_or_reason(plan.depthwise_forward, g, "float16", H200, "flat")
+        gradient, _ = plan_or_reason(plan.depthwise_wgrad, g, "float16", True, H200, "flat")
+        for chosen in filter(None, (forward, gradient and gradient.sums)):
+            for name, value in chosen.defines:
+                seen.setdefault(name, set()).add(value)
+    assert seen.pop("R") | seen.pop("S") | seen.pop("LEFT") <= set(range(9))
+    # A kernel row's windows are wide or not: what there is follows from the width of rows and where units start.
+    assert len(seen.pop("WIDE")) <= 64
+    assert seen.pop("THREADS") <= {32, 64, 128, 256}
+    assert seen.pop("STAGES") | seen.pop("OUTPUTS") <= {1, 2, 3}
+    assert seen.pop("CLUSTER") <= set(range(1, wgrad.MOST_OF_CLUSTER + 1))
     assert all(len(values) <= 2 for values in seen.values()), seen
 
 

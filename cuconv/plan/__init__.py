@@ -148,6 +148,7 @@ _BEATS_OTHERS = {
     "channels_last_runs": channels_last_runs.beats_others,
     "channels_last": channels_last.beats_others,
     "channels_last_mma": channels_last_mma.beats_others,
+    "flat": flat.beats_others,
 }
 _BEATS_OTHERS_OF_SEPARABLE = {"fragments": separable_fragments.beats_others}
 _BEATS_OTHERS_OF_WGRAD = {
@@ -156,6 +157,7 @@ _BEATS_OTHERS_OF_WGRAD = {
     "diagonals": wgrad_diagonals.beats_others,
     "channels_last_mma": wgrad_channels_last_mma.beats_others,
     "channels_last_runs": wgrad_channels_last_runs.beats_others,
+    "flat": flat.beats_others_of_wgrad,
 }
 
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE, *_SEPARABLE, *_SEPARABLE_BACKWARD)))

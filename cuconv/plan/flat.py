@@ -18,8 +18,10 @@ CHUNK, UNITS = 8, 16
 MARGIN = 32
 # A window is three chunks at most; kernels are unrolled over their rows.
 _MOST_ROWS, _MOST_COLUMNS = 8, CHUNK + 2
-# Of rows shorter than this others are faster.
-_NARROWEST = 25
+# Outputs of a warp in the fastest tiles, and of a plane where it is small.
+_OUTPUTS_OF_WARP, _SMALL = 2200, 1500
+# The longest rows, and the fewest elements of an array, that were measured, rounded.
+_WIDEST, _MOST_OF_SMALL_LAUNCHES = 320, 2**22
 # Results are stored by words, so that units start at even elements.
 _SHIFTS = range(0, CHUNK, 2)
 _THREADS = (32, 64, 128)
@@ -68,8 +70,28 @@ def require_flat(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -
 
 
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
-    """Where this takes less time than depthwise_runs and, of more taps, depthwise_toeplitz and depthwise_images."""
-    return DTYPES[dtype][1] == _SIZE and g.W % 2 == 1 and g.W >= _NARROWEST
+    """Where this takes less time than depthwise_runs: rows of an odd number of elements, of enough of them.
+
+    On an H200, percent of the memory floor by this and by runs: 3x3 on 129x131 88 and 73, on 225x225 72 and 54, on
+    300x301 82 and 74, on 57x57 77 and 62, on 29x29 58 and 57, on 21x21 36 and 48; 5x5 on 129x131 70 and 37, on 57x57 54
+    and 34, on 29x29 38 and 33.
+    """
+    return _measured(g, dtype, 29)
+
+
+def beats_others_of_wgrad(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
+    """Likewise, percent by depthwise_wgrad_flat and by depthwise_wgrad_runs.
+
+    3x3 on 129x131 80 and 53, on 225x225 52 and 40, on 57x57 57 and 41, on 29x29 35 and 43; 5x5 on 57x57 45 and 24.
+    """
+    return _measured(g, dtype, 57)
+
+
+def _measured(g: Conv2dGeometry, dtype: str, narrowest: int) -> bool:
+    """Of what the figures are: rows of no less than `narrowest` elements and no fewer of them, kernels of 5x5 at most,
+    and launches of more than some microseconds."""
+    odd = g.W % 2 == 1 and narrowest <= g.W <= _WIDEST and g.H >= narrowest
+    return DTYPES[dtype][1] == _SIZE and odd and g.R * g.S <= 25 and g.y_size >= _MOST_OF_SMALL_LAUNCHES
 
 
 def forward(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -> Plan:
@@ -177,32 +199,19 @@ def edge_instructions(g: Conv2dGeometry, rows: int) -> int:
 
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
-    """What ranks tiles: clocks of a multiprocessor for an output, up to a factor.
+    """What ranks tiles, by what the fastest of 460 have in common (3x3 and 5x5, rows of 15 to 301, on an H200).
 
-    The weights were fitted to the times of 460 tiles (3x3 and 5x5, rows of 15 to 301, on an H200): of those measured,
-    the tile of least cost takes 2 % longer than the fastest on average, and at most 8 %.
+    That is some 2,200 outputs a warp, few rows read twice, many blocks on a multiprocessor, one image a block, and two
+    of small planes.
     """
-    outputs, warps, images = tile.block_rows * g.W, tile.threads / 32, tile.block_images
-    row_groups, image_groups = -(-g.H // tile.block_rows), -(-g.N // images)
-    registers = 56 + 2 * g.R * g.S
-    resident = min(
-        32,
-        2048 // tile.threads,
-        target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE),
-        65536 // (registers * tile.threads),
-    )
-    resident = max(1, resident)
-    filled = row_groups * g.K * image_groups / target.multiprocessors
-    active = min(resident, filled)
-    # A warp's instructions: for every block and image, for two units of 16 lanes, for the ends of rows.
-    instructions = warps * (9 + 209 / images)
-    instructions += warps * (products_length(outputs, tile.threads // 32) + 1) / 2 * (16 + 6 * g.R)
-    instructions += edge_instructions(g, tile.block_rows)
-    busy = 1 - math.exp(-0.036 * active * warps)
+    outputs, images = tile.block_rows * g.W, tile.block_images
+    row_groups = -(-g.H // tile.block_rows)
+    filled = row_groups * g.K * -(-g.N // images) / target.multiprocessors
     halo = (tile.block_rows + g.R - 1) / tile.block_rows if row_groups > 1 else 1.0
-    memory = (halo + 1) * _SIZE / 18
-    latency = (2358 - 793 * (tile.stages > 1) + 522 / images) / (active * outputs)
-    # Some multiprocessors have a block more than others, and some blocks fewer rows or images.
-    rounds = math.ceil(filled) if filled < resident else math.ceil(filled / resident) * resident
-    idle = row_groups * tile.block_rows / g.H * image_groups * images / g.N
-    return (0.174 * instructions / outputs / busy + memory + latency) * (1 + 0.326 * (rounds / filled - 1)) * idle
+    idle = row_groups * tile.block_rows / g.H
+    resident = target.shared_per_multiprocessor // (tile.shared_bytes + SHARED_RESERVE)
+    resident = max(1, min(32, 2048 // tile.threads, resident))
+    preferred = 2 if g.H * g.W < _SMALL and g.N > 1 else 1
+    turns = 1 + 0.05 * abs(math.log2(images / preferred)) + 0.03 * (tile.stages - 1)
+    uneven = 1 + 0.06 * abs(math.log2(outputs * 32 / tile.threads / _OUTPUTS_OF_WARP))
+    return (1 + halo) * idle * uneven * (1 + 0.6 / resident) * turns / min(1, filled)

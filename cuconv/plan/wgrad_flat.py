@@ -139,4 +139,6 @@ def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     memory = (halo + 1) * _SIZE / 18
     latency = (1600 / math.sqrt(tile.stages) + 2444 / block_units) / (active * elements)
     idle = block_units * slabs / units * row_units * tile.block_rows / g.H
-    return (0.323 * instructions / elements / busy + memory + latency) * idle
+    time = (0.323 * instructions / elements / busy + memory + latency) * idle
+    # Two stages and two warps are the fastest of what is alike otherwise.
+    return time * (1 + 0.06 * abs(tile.stages - 2)) * (1 + 0.04 * math.log2(tile.threads / 64))
