@@ -107,6 +107,7 @@ _POINTWISE_WGRAD = {"products": pointwise.wgrad_products, "direct": pointwise.wg
 
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {
+    "phases": phases.beats_others,
     "channels_last_planes": channels_last_planes.beats_others,
     "images": images.beats_others,
     "toeplitz": toeplitz.beats_others,
@@ -115,6 +116,7 @@ _BEATS_OTHERS = {
     "channels_last_mma": channels_last_mma.beats_others,
 }
 _BEATS_OTHERS_OF_WGRAD = {
+    "phases": wgrad_phases.beats_others,
     "channels_last_planes": channels_last_planes.beats_others_of_wgrad,
     "pairs": wgrad_pairs.beats_others,
     "diagonals": wgrad_diagonals.beats_others,
