@@ -155,7 +155,8 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target) -> Iterator[Tile]:
 def wgrad_tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
     """The plan of one choice of wgrad_tiles()."""
     groups = -(-g.C // _WARP)
-    cluster = bool(clustered(tile.slabs, groups, target.multiprocessors * tile.blocks(target)))
+    held = target.multiprocessors * tile.blocks(target)
+    cluster = target.architecture >= 90 and bool(clustered(tile.slabs, groups, held))
     single = tile.slabs == 1 or cluster
     sums = Plan(
         source="depthwise_wgrad_channels_last_planes",
