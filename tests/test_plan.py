@@ -71,6 +71,13 @@ def test_the_default():
         g = geometry((N, C, extent, extent), (C, 1, kernel, kernel), padding=kernel // 2)
         assert sources(g, "float16") == sources(g, "bfloat16") == {chosen}
         assert sources(g, "float32") == {"runs"}
+    # Dilated kernels whose outputs are as many as their inputs, and small planes channels-last.
+    for padding, chosen in ((12, "phases"), (11, "runs")):
+        g = geometry((8, 256, 65, 65), (256, 1, 3, 3), padding=padding, dilation=12)
+        assert sources(g, "float16") == sources(g, "bfloat16") == sources(g, "float32") == {chosen}
+        assert sources(g, "float64") == {"runs"}
+    g = geometry((128, 1152, 7, 7), (1152, 1, 5, 5), padding=2, channels_last=True)
+    assert sources(g, "float16") == sources(g, "float32") == {"channels_last_planes"}
     large = geometry((16, 128, 56, 56), (128, 1, 31, 31), padding=15)
     assert sources(large, "float16") == sources(large, "bfloat16") == {"toeplitz"}
     assert sources(large, "float32") == sources(large, "float64") == {"tiles"}
@@ -120,7 +127,10 @@ def test_the_default_of_wgrad():
     assert source((128, 240, 28, 28), (5, 5), padding=2) == "diagonals"
     assert source((128, 240, 28, 28), (5, 5), "float32", padding=2) == "runs"
     assert source((128, 240, 28, 28), (3, 3), padding=1) == "runs"
-    assert source((8, 256, 65, 65), (3, 3), padding=12, dilation=12) == "diagonals"
+    assert source((8, 256, 65, 65), (3, 3), padding=12, dilation=12) == "phases"
+    assert source((8, 256, 65, 65), (3, 3), "float32", padding=12, dilation=12) == "phases"
+    assert source((8, 256, 65, 65), (3, 3), padding=11, dilation=12) == "diagonals"
+    assert source((128, 1152, 7, 7), (5, 5), padding=2, channels_last=True) == "channels_last_planes"
     assert source((16, 96, 56, 56), (51, 5), padding=(25, 2)) == "diagonals"
     assert source((16, 96, 56, 56), (51, 5), "float32", padding=(25, 2)) == "tiles"
     assert source((128, 1152, 7, 7), (5, 5), padding=2) == "pairs"

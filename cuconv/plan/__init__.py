@@ -142,6 +142,7 @@ _POINTWISE_WGRAD = {
 
 # Of these, those that are asked before all others: each says where.
 _BEATS_OTHERS = {
+    "phases": phases.beats_others,
     "channels_last_planes": channels_last_planes.beats_others,
     "images": images.beats_others,
     "toeplitz": toeplitz.beats_others,
@@ -152,6 +153,7 @@ _BEATS_OTHERS = {
 }
 _BEATS_OTHERS_OF_SEPARABLE = {"fragments": separable_fragments.beats_others}
 _BEATS_OTHERS_OF_WGRAD = {
+    "phases": wgrad_phases.beats_others,
     "channels_last_planes": channels_last_planes.beats_others_of_wgrad,
     "pairs": wgrad_pairs.beats_others,
     "diagonals": wgrad_diagonals.beats_others,

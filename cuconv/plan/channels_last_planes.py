@@ -112,6 +112,8 @@ def _require_small_planes(g: Conv2dGeometry, dtype: str, target: Target, aligned
 
 
 def _defines(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> tuple[tuple[str, int | str], ...]:
+    # Registers were counted on sm_90; others, whose compilers order so much straight code otherwise, are given more.
+    blocks = tile.blocks(target) if target.architecture == 90 else max(1, tile.blocks(target) // 2)
     return (
         ("T", DTYPES[dtype][0]),
         ("R", g.R),
@@ -121,7 +123,7 @@ def _defines(g: Conv2dGeometry, dtype: str, target: Target, tile: Tile) -> tuple
         ("TOP", g.padding[0][0]),
         ("LEFT", g.padding[1][0]),
         ("THREADS", _WARP * tile.warps),
-        ("BLOCKS", tile.blocks(target)),
+        ("BLOCKS", blocks),
         ("STAGES", tile.stages),
     )
 
@@ -155,7 +157,8 @@ def tiles(g: Conv2dGeometry, dtype: str, target: Target) -> Iterator[Tile]:
 def wgrad_tile_plan(g: Conv2dGeometry, dtype: str, bias: bool, target: Target, tile: Tile) -> WgradPlan:
     """The plan of one choice of wgrad_tiles()."""
     groups = -(-g.C // _WARP)
-    cluster = bool(clustered(tile.slabs, groups, target.multiprocessors * tile.blocks(target)))
+    held = target.multiprocessors * tile.blocks(target)
+    cluster = target.architecture >= 90 and bool(clustered(tile.slabs, groups, held))
     single = tile.slabs == 1 or cluster
     sums = Plan(
         source="depthwise_wgrad_channels_last_planes",
