@@ -15,7 +15,7 @@ from .wgrad import WgradPlan, sum_bytes, with_reduce_of
 # Of the bytes of x, what may be allocated besides inputs and results.
 WORKSPACE_SHARE = 0.05
 # Of that, what pieces may take: the rest is for the sums of weights and what the allocator rounds up.
-_PIECES_SHARE = 0.8
+_PIECES_SHARE = 0.6
 # Of that, what the partial sums of pointwise weights may take.
 _PARTIALS_SHARE = 0.2
 _ALIGNMENT = 256
