@@ -272,7 +272,7 @@ def _launch(
             activate = kernels.load(of_middle, device_id)
         sums = plan.pointwise_wgrad(pointwise, dtype, bias, tf32, target, None, aligned)
         of_pointwise = load_sums(
-            separable_backward.within_bytes(sums, pointwise, separable_backward.partials_bytes(geometry, dtype))
+            separable_backward.within_bytes(sums, pointwise, separable_backward.stored_partials_bytes(geometry, dtype))
         )
     planes = load_sums(chosen.planes)
     gradient_plan = plan.pointwise_conv(pointwise, dtype, True, plan.Epilogue(tf32), target, None, aligned)
@@ -282,6 +282,10 @@ def _launch(
         x, depthwise_w, pointwise_w, depthwise_bias, _ = map(interop.address, inputs)
         dy_address, dx = interop.address(dy), interop.address(results.x)
         dtype = inputs.x.dtype
+        planes_sums, planes_reduce, size = planes
+        if middle is not None:
+            size = max(size, of_pointwise[2])
+        workspace = interop.workspace(None, size)
         if wants_pointwise:
             dw = interop.output(results.pointwise_w, inputs.pointwise_w.shape, dtype)
             written = dw.data.ptr, interop.address(results.pointwise_bias)
@@ -295,17 +299,15 @@ def _launch(
                 middle(x, depthwise_w, depthwise_bias, dx)
                 if activate is not None:
                     activate(dx)
-                partials = interop.workspace(None, size)
+                partials = workspace
                 sums(dy_address, dx, interop.address(partials), *written)
             if reduce is not None:
                 reduce(interop.address(partials), *written)
         gradient(dy_address, pointwise_w, 0, dx)
-        sums, reduce, size = planes
         dw = interop.output(results.depthwise_w, inputs.depthwise_w.shape, dtype)
-        partials = interop.workspace(None, size)
-        sums(dx, x, depthwise_w, depthwise_bias, partials.data.ptr)
-        if reduce is not None:
-            reduce(partials.data.ptr, dw.data.ptr, interop.address(results.depthwise_bias))
+        planes_sums(dx, x, depthwise_w, depthwise_bias, workspace.data.ptr)
+        if planes_reduce is not None:
+            planes_reduce(workspace.data.ptr, dw.data.ptr, interop.address(results.depthwise_bias))
 
     return launch
 

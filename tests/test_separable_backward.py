@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import tracemalloc
 from itertools import product
 
+import hostcuda
 import numpy as np
 import oracle
 import pytest
 import torch
+from backends import forget_kernels
 from test_pointwise import LAYOUTS, TORCH
 from test_separable import CASES, ROUNDOFF, D, P, X, numbers_of, random_arrays
 from torch.nn import functional
@@ -379,6 +383,16 @@ MEMORY = {
 }
 
 
+# Of convolutions whose time is measured.
+ASKED = {
+    "kb86": ((16, 64, 512, 512), 128, {"padding": 1}),
+    "mbv1_sep14": ((64, 512, 14, 14), 512, {"padding": 1}),
+    "mbv1_sep7": ((128, 1024, 7, 7), 1024, {"padding": 1}),
+    "xception_mid": ((32, 728, 19, 19), 728, {"padding": 1}),
+    "deeplab": ((8, 304, 129, 129), 256, {"padding": 1}),
+}
+
+
 @pytest.mark.parametrize(("dtype", "layout"), list(product(("float16", "float32"), LAYOUTS)))
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_besides_inputs_and_results_is_a_twentieth_of_x(gpu, rng, name, dtype, layout):
@@ -399,6 +413,34 @@ def test_memory_besides_inputs_and_results_is_a_twentieth_of_x(gpu, rng, name, d
         results = sum(gradient.nbytes for gradient in got if gradient is not None)
         assert pool.total_bytes() - results < 0.05 * x.nbytes
         del got
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", [*MEMORY, *ASKED])
+def test_what_is_allocated_is_a_twentieth_of_x(monkeypatch, name, dtype, layout):
+    """Likewise without a GPU: by what NumPy allocates for the twin of CuPy, with no kernel run."""
+    twin = hostcuda.cupy_twin
+    (N, C, H, W), K, options = {**MEMORY, **ASKED}[name]
+    monkeypatch.setitem(sys.modules, "cupy", twin)
+    forget_kernels()
+
+    def image(*shape):
+        array = twin.empty(shape if layout == "nchw" else (shape[0], *shape[2:], shape[1]), dtype)
+        return array if layout == "nchw" else array.transpose(0, 3, 1, 2)
+
+    stride = options.get("stride", 1)
+    with hostcuda.simulate(poison=False), np.errstate(all="ignore"), monkeypatch.context() as patched:
+        patched.setattr(kernels, "load", lambda *_: lambda *_: None)
+        x, dy = image(N, C, H, W), image(N, K, -(-H // stride), -(-W // stride))
+        weights = [twin.asarray(np.ones(shape, dtype)) for shape in ((C, 1, 3, 3), (K, C), (C,), (K,))]
+        cuconv.separable_conv2d_backward(dy, x, *weights, **options)  # plans are remembered, their tables are not
+        tracemalloc.start()
+        got = cuconv.separable_conv2d_backward(dy, x, *weights, **options)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    forget_kernels()
+    assert most - sum(gradient.nbytes for gradient in got if gradient is not None) < 0.05 * x.nbytes
 
 
 def test_empty_batch(device):

@@ -162,6 +162,8 @@ _BEATS_OTHERS_OF_WGRAD = {
     "flat": flat.beats_others_of_wgrad,
 }
 
+_BEATS_OTHERS_OF_BACKWARD = {"stored": separable_backward.stored_beats_others}
+
 VARIANTS = tuple(dict.fromkeys((*_FORWARD, *_DGRAD, *_WGRAD, *_POINTWISE, *_SEPARABLE, *_SEPARABLE_BACKWARD)))
 
 _forced: ContextVar[str | None] = ContextVar("cuconv_variant", default=None)
@@ -281,7 +283,8 @@ def separable_gradients(
 ) -> InPlace | None:
     """The plans of those gradients of a separable convolution that are wanted, in the memory of dx, or None where they
     are made by pieces of the batch; aligned speaks of all arrays."""
-    return _first_suitable(_SEPARABLE_BACKWARD, {}, forced, geometry, dtype, epilogue, wanted, target, aligned)
+    asked_first = _BEATS_OTHERS_OF_BACKWARD
+    return _first_suitable(_SEPARABLE_BACKWARD, asked_first, forced, geometry, dtype, epilogue, wanted, target, aligned)
 
 
 _Chosen = TypeVar("_Chosen", Plan, WgradPlan, Plan | None, InPlace | None)

@@ -8,13 +8,14 @@ from math import gcd, prod
 
 from ..geometry import Conv2dGeometry, Pair, PointwiseGeometry, SeparableGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
+from .pointwise import wgrad_slabs, wgrad_tile
 from .separable import SeparableEpilogue, wgrad
 from .wgrad import WgradPlan, sum_bytes, with_reduce_of
 
 # Of the bytes of x, what may be allocated besides inputs and results.
 WORKSPACE_SHARE = 0.05
 # Of that, what pieces may take: the rest is for the sums of weights and what the allocator rounds up.
-_PIECES_SHARE = 0.8
+_PIECES_SHARE = 0.6
 # Of that, what the partial sums of pointwise weights may take.
 _PARTIALS_SHARE = 0.2
 _ALIGNMENT = 256
@@ -163,6 +164,21 @@ def replace_images(g: SeparableGeometry, images: int) -> SeparableGeometry:
 def partials_bytes(g: SeparableGeometry, dtype: str) -> int:
     """What partial sums of pointwise weights may take."""
     return int(WORKSPACE_SHARE * _PIECES_SHARE * _PARTIALS_SHARE * g.depthwise.x_size * DTYPES[dtype][1])
+
+
+def stored_partials_bytes(g: SeparableGeometry, dtype: str) -> int:
+    """Likewise, where the middle is stored in the memory of dx, and no pieces are."""
+    return int(WORKSPACE_SHARE * _PIECES_SHARE * g.depthwise.x_size * DTYPES[dtype][1])
+
+
+def stored_beats_others(g: SeparableGeometry, dtype: str, target: Target) -> bool:
+    """Where sums of the pointwise weights that fill the device fit the workspace: the kernels of either part are the
+    faster ones, and with the middle made on chip those sums find room in the memory of dx."""
+    size = DTYPES[dtype][1]
+    t = wgrad_tile(g.pointwise, size, stages=3)
+    tiles = -(-g.pointwise.C // t.rows) * -(-g.pointwise.K // t.columns)
+    _, slabs = wgrad_slabs(g.pointwise.N * g.pointwise.P * g.pointwise.Q, t, tiles, target)
+    return slabs * (g.pointwise.C + 1) * g.pointwise.K * sum_bytes(dtype) <= stored_partials_bytes(g, dtype)
 
 
 def within_bytes(chosen: WgradPlan, g: PointwiseGeometry, most: int) -> WgradPlan:
