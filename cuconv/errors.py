@@ -378,7 +378,9 @@ def _weighted_sum(of: Callable[[Array], Array], dy: Any, weights: Array) -> Arra
     """Over the channels of dy, (N, P, Q), added up where dy is."""
     total: Any = 0.0
     for k, weight in enumerate(weights):
-        total = total + float(of(weight)) * of(dy[:, k].astype(np.float64))
+        term = float(weight) * dy[:, k].astype(np.float64)
+        # A GPU's array is no argument of np.asarray.
+        total = total + (abs(term) if of is np.abs else term)
     return _host(total)
 
 

@@ -272,7 +272,7 @@ def _launch(
             activate = kernels.load(of_middle, device_id)
         sums = plan.pointwise_wgrad(pointwise, dtype, bias, tf32, target, None, aligned)
         of_pointwise = load_sums(
-            separable_backward.within_bytes(sums, pointwise, separable_backward.stored_partials_bytes(geometry, dtype))
+            separable_backward.within_bytes(sums, separable_backward.stored_partials_bytes(geometry, dtype))
         )
     planes = load_sums(chosen.planes)
     gradient_plan = plan.pointwise_conv(pointwise, dtype, True, plan.Epilogue(tf32), target, None, aligned)
@@ -354,7 +354,7 @@ def _part_kernels(
         activate=load(plan.activate(elements, dtype, before, target)) if before else None,
         pointwise=load(plan.pointwise_conv(pointwise, dtype, False, plain, target, None, aligned)) if behind else None,
         slope_of_dy=load(separable_backward.activation_slope(gradients, dtype, behind, target)) if behind else None,
-        pointwise_wgrad=load_sums(separable_backward.within_bytes(of_pointwise_w, pointwise, partials_bytes)),
+        pointwise_wgrad=load_sums(separable_backward.within_bytes(of_pointwise_w, partials_bytes)),
         gradient=load(plan.pointwise_conv(pointwise, dtype, True, plain, target, None, aligned)),
         slope_of_gradient=load(separable_backward.activation_slope(elements, dtype, before, target))
         if before

@@ -89,8 +89,8 @@ def test_compile_prints_resources(capsys: pytest.CaptureFixture[str], monkeypatc
     assert program.main(["compile", "--arch", "sm_90a"]) == 0
     printed = capsys.readouterr().out
     assert "registers" in printed
-    # Kernels for more than 64 taps, and those that take whole planes, have no part in the case of 512 x 512, and "apart"
-    # is other operators' kernels.
+    # Kernels for more than 64 taps, and those that take whole planes, have no part in the case of 512 x 512, and some
+    # names stand for other operators' kernels.
     whole = {"images", "diagonals", "pairs", "phases", "channels_last_planes"}
     for variant in set(plan.VARIANTS) - {"tiles", "apart", "recomputed", "stored", "pieces", *whole}:
         assert f"| {variant} " in printed

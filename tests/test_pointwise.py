@@ -412,6 +412,6 @@ def test_a_forced_variant_that_cannot_run_says_why(device):
     few = device.array(X), device.array(W)
     with plan.variant("products"), pytest.raises(ValueError, match=r"sums of 16 terms or more, and these have 3"):
         cuconv.pointwise_conv2d(*few)
-    with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs: this pass has products, direct"):
+    with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs: this pass has groups, products, direct"):
         cuconv.pointwise_conv2d(x, w)
     forget_kernels()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
-from ..geometry import Conv2dGeometry, Pair, PointwiseGeometry, SeparableGeometry
+from ..geometry import Conv2dGeometry, Pair, SeparableGeometry
 from .base import DTYPES, MAX_GRID, SHARED_RESERVE, VECTOR_BYTES, Plan, Target, Unsuitable
 from .pointwise import wgrad_slabs, wgrad_tile
 from .separable import SeparableEpilogue, wgrad
@@ -18,6 +18,8 @@ WORKSPACE_SHARE = 0.05
 _PIECES_SHARE = 0.6
 # Of that, what the partial sums of pointwise weights may take.
 _PARTIALS_SHARE = 0.2
+# Stages of every kernel of pointwise weight gradients divide so many pixels.
+_SLAB_PIXELS = 128
 _ALIGNMENT = 256
 _ACTIVATION_THREADS = 256
 
@@ -181,16 +183,15 @@ def stored_beats_others(g: SeparableGeometry, dtype: str, target: Target) -> boo
     return slabs * (g.pointwise.C + 1) * g.pointwise.K * sum_bytes(dtype) <= stored_partials_bytes(g, dtype)
 
 
-def within_bytes(chosen: WgradPlan, g: PointwiseGeometry, most: int) -> WgradPlan:
+def within_bytes(chosen: WgradPlan, most: int) -> WgradPlan:
     """The plan with as few slabs as take so many bytes, or one."""
     if chosen.reduce is None or chosen.workspace_bytes <= most:
         return chosen
     reduce_parameters, parameters = dict(chosen.reduce.parameters), dict(chosen.sums.parameters)
     slab_bytes = chosen.workspace_bytes // reduce_parameters["slabs"]
-    depth = int(dict(chosen.sums.defines)["DEPTH"])
-    pixels = g.N * g.P * g.Q
+    pixels = int(parameters["pixels"])
     slab = -(-pixels // max(1, most // slab_bytes))
-    slab = -(-slab // depth) * depth
+    slab = -(-slab // _SLAB_PIXELS) * _SLAB_PIXELS
     slabs = -(-pixels // slab)
     parameters["slab_pixels"], reduce_parameters["slabs"] = slab, slabs
     sums = replace(chosen.sums, grid=(chosen.sums.grid[0], slabs, 1), parameters=tuple(parameters.items()))
@@ -400,7 +401,7 @@ def recomputed(
     if not wanted & {"pointwise_w", "pointwise_bias"}:
         return made
     sums = wgrad(g, dtype, "pointwise_bias" in wanted, epilogue, target, aligned)
-    sums = within_bytes(sums, g.pointwise, g.depthwise.x_size * DTYPES[dtype][1])
+    sums = within_bytes(sums, g.depthwise.x_size * DTYPES[dtype][1])
     return replace(made, pointwise=sums)
 
 
