@@ -23,6 +23,8 @@ GEOMETRIES = (
     "16x8_dilated_alike",
     "7x7_planes",
     "columns_of_padding",
+    "odd_dilation_12",
+    "40_channels_of_7x6",
 )
 CHOSEN = f"hostcuda and ((float16 and ({' or '.join(GEOMETRIES)})) or (test_runs and small_planes))"
 FILES = [f"tests/test_{name}.py" for name in ("depthwise", "depthwise_dgrad", "depthwise_wgrad", "tile_kinds")]
