@@ -23,6 +23,8 @@ GEOMETRIES = (
     "16x8_dilated_alike",
     "7x7_planes",
     "columns_of_padding",
+    "odd_dilation_12",
+    "40_channels_of_7x6",
 )
 OTHERS = "(test_runs and small_planes) or (to_its_place and float16) or (test_wgrad_tiles and padding_alone)"
 CHOSEN = f"hostcuda and ((float16 and ({' or '.join(GEOMETRIES)})) or {OTHERS})"
