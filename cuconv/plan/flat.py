@@ -199,7 +199,7 @@ def edge_instructions(g: Conv2dGeometry, rows: int) -> int:
 
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
-    """What ranks tiles, by what the fastest of 460 have in common (3x3 and 5x5, rows of 15 to 301, on an H200).
+    """What ranks tiles, by what the fastest of 480 have in common (3x3 and 5x5, rows of 15 to 301, on an H200).
 
     That is some 2,200 outputs a warp, few rows read twice, many blocks on a multiprocessor, one image a block, and two
     of small planes.
