@@ -72,15 +72,15 @@ def require_flat(g: Conv2dGeometry, dtype: str, target: Target, aligned: bool) -
 def beats_others(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
     """Where this takes less time than depthwise_runs: rows of an odd number of elements, of enough of them.
 
-    On an H200, percent of the memory floor by this and by runs: 3x3 on 129x131 88 and 73, on 225x225 72 and 54, on
-    300x301 82 and 74, on 57x57 77 and 62, on 29x29 58 and 57, on 21x21 36 and 48; 5x5 on 129x131 70 and 37, on 57x57 54
-    and 34, on 29x29 38 and 33.
+    On an H200, percent of the memory floor by this, in the best tile measured, and by runs: 3x3 on 129x131 88 and 73,
+    on 225x225 72 and 54, on 300x301 82 and 74, on 57x57 77 and 62, on 29x29 58 and 57, on 21x21 36 and 48; 5x5 on
+    129x131 70 and 37, on 57x57 54 and 34, on 29x29 41 and 33.
     """
     return _measured(g, dtype, 29)
 
 
 def beats_others_of_wgrad(g: Conv2dGeometry, dtype: str, target: Target) -> bool:
-    """Likewise, percent by depthwise_wgrad_flat and by depthwise_wgrad_runs.
+    """Likewise, percent by depthwise_wgrad_flat, in the best tile measured, and by depthwise_wgrad_runs.
 
     3x3 on 129x131 80 and 53, on 225x225 52 and 40, on 57x57 57 and 41, on 29x29 35 and 43; 5x5 on 57x57 45 and 24.
     """
@@ -199,7 +199,7 @@ def edge_instructions(g: Conv2dGeometry, rows: int) -> int:
 
 
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
-    """What ranks tiles, by what the fastest of 460 have in common (3x3 and 5x5, rows of 15 to 301, on an H200).
+    """What ranks tiles, by what the fastest of 480 have in common (3x3 and 5x5, rows of 15 to 301, on an H200).
 
     That is some 2,200 outputs a warp, few rows read twice, many blocks on a multiprocessor, one image a block, and two
     of small planes.

@@ -121,7 +121,7 @@ def tiles(g: Conv2dGeometry, bias: bool, target: Target) -> Iterator[Tile]:
 def _cost(g: Conv2dGeometry, target: Target, tile: Tile) -> float:
     """What ranks tiles: clocks of a multiprocessor for an element, up to a factor.
 
-    The weights were fitted to the times of 270 tiles (3x3 and 5x5, rows of 29 to 225, on an H200): of those measured,
+    The weights were fitted to the times of 250 tiles (3x3 and 5x5, rows of 29 to 225, on an H200): of those measured,
     the tile of least cost takes 3 % longer than the fastest on average, and at most 5 %.
     """
     elements, warps = tile.block_rows * g.W, tile.threads / _WARP
