@@ -125,12 +125,13 @@ class Resources:
 
 
 def compile_only(plan: Plan, architecture: str) -> Resources:
-    """Compile a plan's kernel for an architecture such as "sm_90a" by NVRTC; no GPU is needed.
+    """Compile a plan's kernel for an architecture such as "sm_90a", or for its own, by NVRTC; no GPU is needed.
 
     Raises RuntimeError with variant, architecture, NVRTC version and log.
     """
     from cupy.cuda import nvrtc
 
+    architecture = _OF_ONE_ARCHITECTURE.get(plan.source, architecture)
     program = nvrtc.createProgram(flatten(plan.source, plan.defines), f"{plan.source}.cu", (), ())
     try:
         nvrtc.compileProgram(

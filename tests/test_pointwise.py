@@ -301,11 +301,14 @@ def test_infinities_and_nan_stay_in_their_pixels(device, rng, variant, dtype, la
     np.testing.assert_allclose(y[finite], expected[finite], rtol=0.01, atol=0.05)
 
 
-@pytest.mark.parametrize(("variant", "layout"), list(product(VARIANTS, LAYOUTS)))
-def test_infinities_stay_in_their_channels_of_wgrad(device, rng, variant, layout):
-    x, _, _ = random_arrays(rng, (2, 20, 6, 7), 24, "float32")
-    dy = rng.standard_normal((2, 24, 6, 7)).astype(np.float32)
-    x[0, 3, 2, 1], dy[1, 5, 0, 0] = np.inf, -np.inf
+# At the beginning of a channel's plane, which is read behind the end of the one before where rows are of any address.
+@pytest.mark.parametrize(
+    ("variant", "layout", "dtype", "rows"), list(product(VARIANTS, LAYOUTS, ("float32", "float16"), (5, 6)))
+)
+def test_infinities_stay_in_their_channels_of_wgrad(device, rng, variant, layout, dtype, rows):
+    x, _, _ = random_arrays(rng, (2, 20, rows, 7), 24, dtype)
+    dy = rng.standard_normal((2, 24, rows, 7)).astype(dtype)
+    x[0, 3, 0, 1], dy[1, 5, 0, 0] = np.inf, -np.inf
     arrays = device.array(dy, layout), device.array(x, layout)
     with plan.variant(variant):
         dw, dbias = (device.host(a) for a in cuconv.pointwise_conv2d_wgrad(*arrays, (24, 20), bias=True))
@@ -414,4 +417,21 @@ def test_a_forced_variant_that_cannot_run_says_why(device):
         cuconv.pointwise_conv2d(*few)
     with plan.variant("runs"), pytest.raises(ValueError, match=r"variant runs: this pass has groups, products, direct"):
         cuconv.pointwise_conv2d(x, w)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "stride", "channels", "message"),
+    [
+        (plan.TARGETS[80], "float32", 1, 16, r"needs products of warp groups, which compute capability 9.0 alone has"),
+        (plan.TARGETS[100], "float32", 1, 16, r"needs products of warp groups"),
+        (plan.TARGETS[90], "float64", 1, 16, r"float64 has 64"),
+        (plan.TARGETS[90], "float32", 2, 16, r"takes strides of 1"),
+        (plan.TARGETS[90], "float32", 1, 8, r"sums of 16 terms or more, and these have 8"),
+        (plan.TARGETS[90], "float16", 1, 17, r"copies rows of 4 bytes or more"),
+    ],
+)
+def test_warp_groups_say_what_they_do_not_take(target, dtype, stride, channels, message):
+    g = pointwise_geometry((2, channels, 4, 6), (32, channels), stride=stride)
+    with pytest.raises(plan.Unsuitable, match=message):
+        plan.pointwise_conv(g, dtype, False, plan.Epilogue(), target, "groups")
     forget_kernels()
