@@ -94,14 +94,17 @@ struct Ring {
   __device__ __forceinline__ void announce(int row) const { ptx::barrier_arrive(&full[row % kSlots]); }
   __device__ __forceinline__ void announce_copies(int row) const { ptx::copy_async_arrive(&full[row % kSlots]); }
 
-  // Of the others: waits for the rows before `row`, and gives those back, which must have landed.
+  // Of the others: waits for the rows before `row`, and gives those back, one by one as they land: others may need the
+  // slots of rows that this warp passes over before those that it reads can come.
   __device__ __forceinline__ void await(int row) {
     for (; landed < row; ++landed) ptx::barrier_wait(&full[landed % kSlots], landed / kSlots % 2);
   }
   __device__ __forceinline__ void release(int row, int lane) {
     __syncwarp();
-    for (; released < row; ++released)
+    for (; released < row; ++released) {
+      await(released + 1);
       if (lane == 0) ptx::barrier_arrive(&empty[released % kSlots]);
+    }
   }
 };
 

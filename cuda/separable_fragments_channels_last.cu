@@ -228,8 +228,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (; tile * kGroups < groups; tile += kWarps) {
       const int last = min(tile * kGroups + kGroups, groups) - 1;
       const int lowest = rows_before + tile * kGroups / at.groups * kLaneRows;
-      ring.await(rows_before + last / at.groups * kLaneRows + kRowsOfX);
       ring.release(lowest, lane);
+      ring.await(rows_before + last / at.groups * kLaneRows + kRowsOfX);
 
       const int group = min(tile * kGroups + own_group, last);
       const int unit = group / at.groups;
@@ -291,6 +291,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     tile -= (groups + kGroups - 1) / kGroups;
     rows_before += at.rows_of_x();
   }
-  ring.await(rows_before);
   ring.release(rows_before, lane);
 }
