@@ -1,18 +1,18 @@
 // What the kernels of separable convolution whose middle stays in registers have in common (sm_90).
 //
-// In the product of the pointwise part a lane of a tensor-core product holds a few channels of one pixel of the middle, and
-// which pixel is which row or column of the product is free to choose. So a lane takes a group of pixels, kColumns
-// neighbours in kLaneRows rows, makes all channels of the middle that it holds there from rows of x in shared memory, and
-// is left with fragments; a group belongs to four lanes, which share its channels, and eight groups are a tile. Warps meet
-// nowhere: each takes tiles, all channels, and goes down the rows with a ring of them, which other warps keep filled.
+// In the products of the pointwise part a lane holds a few channels of one pixel of the middle, and which pixel is
+// which row or column of a product is free to choose. So a lane takes a group of pixels, kColumns neighbours in
+// kLaneRows rows, makes all channels of the middle that it holds there from rows of x in shared memory, and is left with
+// fragments; a group belongs to four lanes, which share its channels, and eight groups are a tile. Warps meet nowhere:
+// each takes tiles, all channels, and goes down the rows with a ring of them, which other warps keep filled.
 //
 // A block takes tasks, each some rows of a strip of columns of an image, and counts the rows of x of all its tasks
 // through; row n is in slot n % kSlots of the ring.
 //
 // Compile-time values: T; CHANNELS_LAST; R, S, LEFT (padding before a row, less than a piece), VECTOR, STRIP (elements
 // of a piece, of 16 bytes) and DEPTHWISE_ACTIVATION, as in middle.cuh; LANE_ROWS; DEPTH_BLOCKS (of channels, as many as
-// a product takes of the depth); WIDEST (columns of a strip, at most); SLOTS; WARPS (that compute); BRINGERS (warps that fill the ring); TERMS (of an element
-// of float32: 1 or 2, see matrices.cuh); ACTIVATION.
+// a product takes of the depth); WIDEST (columns of a strip, at most); SLOTS; WARPS (that compute); BRINGERS (warps
+// that fill the ring); TERMS (of an element of float32: 1 or 2, see matrices.cuh); ACTIVATION.
 #pragma once
 #include "activations.cuh"
 #include "matrices.cuh"
@@ -86,22 +86,25 @@ struct Ring {
     }
   }
 
-  // Of those that fill the ring: waits for the slot of a row, and announces that it is full, or will be once the copies of
-  // the calling thread have landed.
+  // Of those that fill the ring: waits for the slot of a row, and announces that it is full, or will be once the copies
+  // of the calling thread have landed.
   __device__ __forceinline__ void await_slot(int row) const {
     if (row >= kSlots) ptx::barrier_wait(&empty[row % kSlots], (row / kSlots - 1) % 2);
   }
   __device__ __forceinline__ void announce(int row) const { ptx::barrier_arrive(&full[row % kSlots]); }
   __device__ __forceinline__ void announce_copies(int row) const { ptx::copy_async_arrive(&full[row % kSlots]); }
 
-  // Of the others: waits for the rows before `row`, and gives those back, which must have landed.
+  // Of the others: waits for the rows before `row`, and gives those back, one by one as they land: others may need the
+  // slots of rows that this warp passes over before those that it reads can come.
   __device__ __forceinline__ void await(int row) {
     for (; landed < row; ++landed) ptx::barrier_wait(&full[landed % kSlots], landed / kSlots % 2);
   }
   __device__ __forceinline__ void release(int row, int lane) {
     __syncwarp();
-    for (; released < row; ++released)
+    for (; released < row; ++released) {
+      await(released + 1);
       if (lane == 0) ptx::barrier_arrive(&empty[released % kSlots]);
+    }
   }
 };
 
@@ -121,8 +124,8 @@ __device__ __forceinline__ uint32 word_of(const float (&value)[kCount]) {
   }
 }
 
-// A word as its terms. Those of float32 are of 11 bits, the first one rounded to nearest and the second cut off, which is
-// NaN where the value is not finite, or rounds to infinity.
+// A word as its terms. Those of float32 are of 11 bits, the first one rounded to nearest and the second cut off, which
+// is not finite where the value is not, or where it rounds to infinity.
 template <int kCount>
 __device__ __forceinline__ void set_words(uint32 (&term)[kTerms][kCount], int i, uint32 word) {
   if constexpr (kTerms == 2) {
@@ -135,8 +138,8 @@ __device__ __forceinline__ void set_words(uint32 (&term)[kTerms][kCount], int i,
   }
 }
 
-// Makes those results again that three products have made not finite: of some rows of some columns, from pixel (p, q) on,
-// of channels k, k + apart and so on. The calling thread must have stored them.
+// Makes those results again that three products have made not finite: of some rows of some columns, from pixel (p, q)
+// on, of channels k, k + apart and so on. The calling thread must have stored them.
 __device__ __noinline__ void mend(const Parameters& g, const T* x, const T* depthwise_w, const T* depthwise_bias,
                                   const T* w, const float* biases, T* y, int image, int p, int q, int rows, int columns,
                                   int k, int apart) {

@@ -1,12 +1,12 @@
-// Depthwise-separable convolution in one kernel (sm_90), at stride 1 without dilation, of (N, C, H, W) with few channels:
-// what is in between never leaves the registers. See fragments.cuh.
+// Depthwise-separable convolution in one kernel (sm_90), at stride 1 without dilation, of (N, C, H, W) with few
+// channels: what is in between never leaves the registers. See fragments.cuh.
 //
-// y (K, pixels) = w (K, C) middle (C, pixels): the middle is the right operand, a lane's pixels are one column of as many
-// products, and of the sums a lane has neighbours of a row: of 16 bits eight, of 32 bits twice four.
+// y (K, pixels) = w (K, C) middle (C, pixels): the middle is the right operand, a lane's pixels are one column of as
+// many products, and of the sums a lane has neighbours of a row: of 16 bits eight, of 32 bits twice four.
 //
-// Compile-time values: those of fragments.cuh, and WHOLE (whether rows of x and y are whole pieces). Where they are not,
-// pieces of x come as they lie in memory, from boundary to boundary, and are shifted into place once they have landed;
-// and results go through shared memory, where the lanes of a warp take neighbours.
+// Compile-time values: those of fragments.cuh, and WHOLE (whether rows of x and y are whole pieces). Where they are
+// not, pieces of x come as they lie in memory, from boundary to boundary, and are shifted into place once they have
+// landed; and results go through shared memory, where the lanes of a warp take neighbours.
 #include "fragments.cuh"
 
 constexpr bool kWhole = CUCONV_WHOLE;
@@ -25,10 +25,11 @@ constexpr int kPage = kWhole ? 0 : kProductRows * kPagePitch;
 static_assert(!kChannelsLast && (kWhole ? kBringers == 1 : kDepth % kBringers == 0));
 static_assert(kGroups == kProductColumns && kWidest % (2 * kPiece) == 0 && kLeft < kPiece);
 
-// Copies a piece of each channel of a row, of those that are a lane's: from `first` on, kApart apart. Zeros where there is
-// nothing to copy.
+// Copies a piece of each channel of a row, of those that are a lane's: from `first` on, kApart apart. Zeros where there
+// is nothing to copy.
 template <int kApart>
-__device__ __forceinline__ void copy_channels(T* to, const T* x, const T* from, bool exists, int first, int channels, int64 plane) {
+__device__ __forceinline__ void copy_channels(T* to, const T* x, const T* from, bool exists, int first, int channels,
+                                              int64 plane) {
   const int64 step = exists ? kApart * plane : 0;
   const int count = exists ? channels - first : 0;
 #pragma unroll
@@ -93,7 +94,8 @@ constexpr int kOwnChannels = kDepth / kBringers;  // of a warp that fills the ri
 __device__ __forceinline__ int phase_of(int64 start) { return static_cast<int>(start & (kPiece - 1)); }
 
 // Begins to copy a row of some channels to the slot's, `to`, piece by piece as they lie in memory.
-__device__ __forceinline__ void copy_pieces(const Parameters& g, const T* x, T* to, const Arrival& row, int first, int lane) {
+__device__ __forceinline__ void copy_pieces(const Parameters& g, const T* x, T* to, const Arrival& row, int first,
+                                            int lane) {
   constexpr int kPieces = kPitch / kPiece;
   const int64 plane = static_cast<int64>(g.middle.H) * g.middle.W;
   const int64 elements = g.N * plane * g.middle.channels;
@@ -178,7 +180,8 @@ __device__ __forceinline__ void bring_rows_from_anywhere(const Parameters& g, co
       const int h = at.p - g.middle.top + r;
       Arrival& newest = arrivals[kAhead];
       newest.v = at.q - kPiece;
-      newest.start = static_cast<int64>(at.image) * g.middle.channels * plane + static_cast<int64>(h) * g.middle.W + newest.v;
+      const int64 row_of_image = static_cast<int64>(h) * g.middle.W + newest.v;
+      newest.start = static_cast<int64>(at.image) * g.middle.channels * plane + row_of_image;
       newest.columns = at.groups * kColumns + 2 * kPiece;
       newest.exists = within(h, H);
       ring.await_slot(row);
@@ -341,7 +344,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     taps[i] = value;
   }
-  for (int k = thread; k < padded_K; k += kThreads) biases[k] = bias != nullptr && k < g.K ? float(widen(bias[k])) : 0.0f;
+  for (int k = thread; k < padded_K; k += kThreads)
+    biases[k] = bias != nullptr && k < g.K ? float(widen(bias[k])) : 0.0f;
   ring.init(thread);
   __syncthreads();
   if (warp >= kWarps) {
@@ -373,8 +377,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (; tile * kGroups < groups; tile += kWarps) {
       const int last = min(tile * kGroups + kGroups, groups) - 1;
       const int lowest = rows_before + tile * kGroups / at.groups * kLaneRows;
-      ring.await(rows_before + last / at.groups * kLaneRows + kRowsOfX);
       ring.release(lowest, lane);
+      ring.await(rows_before + last / at.groups * kLaneRows + kRowsOfX);
 
       const int group = min(tile * kGroups + own_group, last);
       const int unit = group / at.groups;
@@ -481,6 +485,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     tile -= (groups + kGroups - 1) / kGroups;
     rows_before += at.rows_of_x();
   }
-  ring.await(rows_before);
   ring.release(rows_before, lane);
 }

@@ -1,8 +1,8 @@
-// Depthwise-separable convolution in one kernel (sm_90), at stride 1 without dilation, channels-last with few channels: what
-// is in between never leaves the registers. See fragments.cuh.
+// Depthwise-separable convolution in one kernel (sm_90), at stride 1 without dilation, channels-last with few channels:
+// what is in between never leaves the registers. See fragments.cuh.
 //
-// y (pixels, K) = middle (pixels, C) w' (C, K): the middle is the left operand, a lane's pixels are rows of products, and
-// which channel is which of the depth, and which column of the sums, is chosen such that a lane reads and stores
+// y (pixels, K) = middle (pixels, C) w' (C, K): the middle is the left operand, a lane's pixels are rows of products,
+// and which channel is which of the depth, and which column of the sums, is chosen such that a lane reads and stores
 // neighbours, 16 bytes of them.
 #include "fragments.cuh"
 
@@ -10,7 +10,8 @@ static_assert(kChannelsLast && kBringers == 1);
 
 constexpr int kChannels = kPiece;      // that a lane makes at a time, of two blocks of the depth
 constexpr int kChunk = 4 * kChannels;  // and that its group does
-constexpr int kPitch = kDepth + kPiece;  // from a column to the next: four columns are an odd number of halves of all banks
+// From a column to the next: four columns are an odd number of halves of all banks.
+constexpr int kPitch = kDepth + kPiece;
 constexpr int kSlotColumns = kWidest + kS - 1;
 constexpr int kSlot = kSlotColumns * kPitch;
 constexpr int kAbreast = 32;  // channels of the result that are made at a time
@@ -42,7 +43,8 @@ __device__ __forceinline__ int channel_of(int column) {
 
 // Keeps the ring filled, by the lanes of one warp; what is outside x is zero.
 __device__ __forceinline__ void bring_rows(const Parameters& g, const T* x, T* slots, const Ring& ring, int lane) {
-  constexpr int kPartsAbreast = kPartsOfColumn >= 32 ? 32 : kPartsOfColumn > 16 ? 32 : kPartsOfColumn > 8 ? 16 : kPartsOfColumn > 4 ? 8 : 4;
+  // A power of two, so that all lanes take as many columns.
+  constexpr int kPartsAbreast = kPartsOfColumn > 16 ? 32 : kPartsOfColumn > 8 ? 16 : kPartsOfColumn > 4 ? 8 : 4;
   constexpr int kColumnsAbreast = kWarp / kPartsAbreast;
   const int H = g.middle.H;
   const int W = g.middle.W;
@@ -208,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     taps[i] = value;
   }
-  for (int k = thread; k < padded_K; k += kThreads) biases[k] = bias != nullptr && k < g.K ? float(widen(bias[k])) : 0.0f;
+  for (int k = thread; k < padded_K; k += kThreads)
+    biases[k] = bias != nullptr && k < g.K ? float(widen(bias[k])) : 0.0f;
   ring.init(thread);
   __syncthreads();
   if (warp == kWarps) return bring_rows(g, x, slots, ring, lane);
@@ -225,8 +228,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (; tile * kGroups < groups; tile += kWarps) {
       const int last = min(tile * kGroups + kGroups, groups) - 1;
       const int lowest = rows_before + tile * kGroups / at.groups * kLaneRows;
-      ring.await(rows_before + last / at.groups * kLaneRows + kRowsOfX);
       ring.release(lowest, lane);
+      ring.await(rows_before + last / at.groups * kLaneRows + kRowsOfX);
 
       const int group = min(tile * kGroups + own_group, last);
       const int unit = group / at.groups;
@@ -288,6 +291,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     tile -= (groups + kGroups - 1) / kGroups;
     rows_before += at.rows_of_x();
   }
-  ring.await(rows_before);
   ring.release(rows_before, lane);
 }

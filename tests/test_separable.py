@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from test_pointwise import LAYOUTS, TORCH, UNIT_ROUNDOFF
 
 import cuconv
-from cuconv import plan
+from cuconv import kernels, plan
 from cuconv.geometry import separable_geometry
 
 ROUNDOFF = {"float16": 2.0**-11, **UNIT_ROUNDOFF}
@@ -110,6 +112,21 @@ def test_every_variant_matches_float64(device, rng, name, dtype, layout, variant
     assert_right(device.host(out), *arrays, (None, None), numbers_of(name))
     assert_right(device.host(bare), *arrays[:3], None, None, (None, None), numbers_of(name))
     guards.assert_untouched()
+
+
+@pytest.mark.parametrize("columns", [24, 27])
+@pytest.mark.parametrize(("dtype", "layout"), list(product(("float16", "float32"), LAYOUTS)))
+def test_a_block_takes_many_rows_and_several_tasks(device, rng, monkeypatch, dtype, layout, columns):
+    """More rows than the ring has slots, as a device of two multiprocessors takes them."""
+    small = replace(device.target, multiprocessors=2)
+    monkeypatch.setattr(kernels, "target", lru_cache(lambda device_id: small))
+    x, w, bias = oracle.random_arrays(rng, (5, 16, 45, columns), (16, 1, 3, 3), dtype)
+    pointwise = rng.standard_normal((8, 16, 1, 1)).astype(x.dtype)
+    on_device = device.array(x, layout), device.array(w), device.array(pointwise), device.array(bias)
+    numbers = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+    with plan.variant("fragments"):
+        y = cuconv.separable_conv2d(*on_device, padding=1)
+    assert_right(device.host(y), x, w, pointwise, bias, None, (None, None), numbers)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
