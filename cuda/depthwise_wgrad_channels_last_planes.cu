@@ -137,5 +137,7 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
       partials[(static_cast<int64>(blockIdx.x) * kEntries + i / kWarp) * g.K + k0 + i % kWarp] = total;
     }
   }
-  if constexpr (kCluster > 1) add_of_cluster<kThreads>(totals, kEntries * kWarp, static_cast<int>(threadIdx.x), store);
+#if CUCONV_CLUSTER > 1
+  add_of_cluster<kThreads>(totals, kEntries * kWarp, static_cast<int>(threadIdx.x), store);
+#endif
 }

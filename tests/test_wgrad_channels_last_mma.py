@@ -244,7 +244,7 @@ def test_where_it_is_the_default():
         assert source((1, 192, 56, 56), (7, 7), dtype, padding=3) == "mma"
         assert source((128, 240, 28, 28), (4, 4), dtype) == "mma"
         assert source((128, 672, 14, 14), (5, 5), dtype, padding=2) == "staged"
-        assert source((128, 1152, 7, 7), (5, 5), dtype, padding=2) == "staged"
+        assert source((128, 1152, 7, 7), (5, 5), dtype, padding=2) == "planes"
         assert source((128, 512, 14, 14), (3, 3), dtype, padding=1) == "staged"
         assert source((8, 256, 65, 65), (3, 3), dtype, padding=12, dilation=12) == "staged"
     assert source((128, 240, 28, 28), (5, 5), "float32", padding=2) == "staged"
