@@ -159,6 +159,9 @@ def test_results_are_added_to_those_of_the_same_sources() -> None:
         ("b", "forward", 1.0),
         ("b", "wgrad", 2.0),
     ]
+    # TF32 is a row of its own beside float32.
+    in_tf32 = report.merged(old, result([row("b", "float32", 0.5, precision="tf32")]))
+    assert [(line["case"], line["ms"]) for line in in_tf32["rows"]] == [("a", 2.0), ("b", 2.0), ("b", 0.5)]
     assert "calls" in both
     assert "4240 and 4100 GB/s" in report.markdown(result(both["rows"]), "gpu")
     with pytest.raises(ValueError, match="this run's sources"):
