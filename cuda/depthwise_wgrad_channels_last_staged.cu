@@ -16,11 +16,12 @@
 // and tells whether all of dy was finite.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is wanted); FINAL (there is no need for another launch); CLUSTER
-// (see slabs.cuh: slabs are then along x of the grid, and a block has all columns; else they are along y); THREADS; BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a
-// thread: they divide K); GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of
-// a copy: they divide a pixel's and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of
-// a thread and row); STRIDE_H, STRIDE_W (of the strip, see below); DILATED; RUNS (see below); WIDTH (of x, where a
-// strip is as wide as dy and this is known, or 0) and LEFT (then the padding before it).
+// (see slabs.cuh: slabs are then along x of the grid, and a block has all columns; else they are along y); THREADS;
+// BLOCKS (that a multiprocessor is to hold, which bounds the registers); VECTOR (channels of a thread: they divide K);
+// GROUPS (vectors of a block); COLUMNS (of a strip); STAGES (turns of the ring); COPY (bytes of a copy: they divide a
+// pixel's and a block's channels, and arrays start at multiples of them); X_COPIES, DY_COPIES (of a thread and row);
+// STRIDE_H, STRIDE_W (of the strip, see below); DILATED; RUNS (see below); WIDTH (of x, where a strip is as wide as dy
+// and this is known, or 0) and LEFT (then the padding before it).
 //
 // Pixels that are no whole copies: a block of all channels may copy what its columns are of a row, which is one run of
 // memory. The run is copied from the last multiple of 16 bytes before it on, so that every row has a phase of its own

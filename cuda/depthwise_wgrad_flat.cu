@@ -149,8 +149,8 @@ extern "C" __global__ void CUCONV_SLABS __launch_bounds__(kThreads, kBlocks)
     load_run(Run<const T>(x_run(work), (rows.high - rows.low) * g.W, top_of(turn, work) + padding_of(work), x,
                           x + g.total_elements),
              &full[turn % kStages], thread);
-    load_run(Run<const T>(dy_run(work), rows.rows * g.W, dy_of(turn, work), dy, dy + g.total_elements), &full[turn % kStages],
-             thread);
+    load_run(Run<const T>(dy_run(work), rows.rows * g.W, dy_of(turn, work), dy, dy + g.total_elements),
+             &full[turn % kStages], thread);
   };
 
   if (thread < kWarp) {

@@ -6,7 +6,8 @@
 // to meet in the registers of one thread, which keeps R x S sums through all rows, phases and images. Threads, and slabs,
 // are added in a fixed order.
 //
-// Zeros stand for columns of x and dy that do not exist, and most products with the padding are passed over: whatever is not finite makes sums that are not finite, and where there is one the block does it over, plainly.
+// Zeros stand for columns of x and dy that do not exist, and most products with the padding are passed over: whatever is
+// not finite makes sums that are not finite, and where there is one the block does it over, plainly.
 //
 // Compile-time values: T; R, S; BIAS (whether dbias is summed too); FINAL (there is no need for another launch); CLUSTER
 // (see slabs.cuh); BEFORE_H, BEFORE_W (the padding above and left of x, in dilations); THREADS; BLOCKS (that a

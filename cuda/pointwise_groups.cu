@@ -14,11 +14,11 @@
 // fetched.
 //
 // Compile-time values: those of groups.cuh, of which COLUMNS are the channels of a block's tile, PRODUCTS are of 64
-// pixels, and RAGGED says whether rows are copied from boundary to boundary, for which a tile is of one image;
-// and RIGHT_ALONG_COLUMNS whether the depth counts rows of w, as in dgrad, or its columns; CHANNELS_LAST; GROUPS (of warps); BLOCKS
-// (that a multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights of a block stay
-// in shared memory); COPY (elements of a copy of images, that are not ragged: their rows and start are multiples of it);
-// WEIGHT_COPY, STORE (likewise, of loads of weights and stores of results); ACTIVATION.
+// pixels, and RAGGED says whether rows are copied from boundary to boundary, for which a tile is of one image; and
+// RIGHT_ALONG_COLUMNS whether the depth counts rows of w, as in dgrad, or its columns; CHANNELS_LAST; GROUPS (of
+// warps); BLOCKS (that a multiprocessor is to hold, which bounds the registers); STAGES; RESIDENT (whether all weights
+// of a block stay in shared memory); COPY (elements of a copy of images, that are not ragged: their rows and start are
+// multiples of it); WEIGHT_COPY, STORE (likewise, of loads of weights and stores of results); ACTIVATION.
 #include "activations.cuh"
 #include "groups.cuh"
 
